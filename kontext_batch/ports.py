@@ -40,7 +40,7 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose URI starts with `prefix`, in code point order, lazily; hidden and temporary files left out."""
+        """Every object under `prefix`, in code point order, lazily; hidden and temporary files are left out."""
         ...
 
     def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
@@ -449,7 +449,7 @@ class Repository(Protocol):
         ...
 
     def reconcile(self, *, gone_workers: Iterable[str] = (), max_losses: int = 3) -> ReconcileReport:
-        """Return leases that ran out, or that are held by `gone_workers`; quarantine steps that lost too many workers."""
+        """Return leases that ran out or that `gone_workers` hold; quarantine steps that lost too many workers."""
         ...
 
     # ---- deliveries
