@@ -1,18 +1,18 @@
 """Every error a caller may meet, by whose fault it is (DESIGN.md section 6).
 
-    KontextBatchError
-    ├── AuthorError            the author's: told before anything runs                         exit 2
-    │   ├── RecipeError        a recipe, brand file or table, with file:line:column for each problem
-    │   ├── SettingsError      a setting, a model that is not registered, a bad workspace
-    │   └── NotAllowed         a path outside the allowed prefixes
-    ├── PlanRefused            the plan may not run: budget, changed input, missing filter    exit 5
-    ├── StepError              the step's: this step fails, its dependents are skipped
-    ├── InfrastructureError    nobody's: retried with backoff, never counted against the step
-    │   ├── StorageFull        no space left; the run stops and goes on when there is some
-    │   ├── StorageReadOnly    the place may not be written to
-    │   └── LeaseLost          another worker holds the step now
-    ├── ObjectNotFound         nothing lies at that URI
-    └── ObjectChanged          what lies at that URI is not what was planned
+KontextBatchError
+├── AuthorError            the author's: told before anything runs                         exit 2
+│   ├── RecipeError        a recipe, brand file or table, with file:line:column for each problem
+│   ├── SettingsError      a setting, a model that is not registered, a bad workspace
+│   └── NotAllowed         a path outside the allowed prefixes
+├── PlanRefused            the plan may not run: budget, changed input, missing filter    exit 5
+├── StepError              the step's: this step fails, its dependents are skipped
+├── InfrastructureError    nobody's: retried with backoff, never counted against the step
+│   ├── StorageFull        no space left; the run stops and goes on when there is some
+│   ├── StorageReadOnly    the place may not be written to
+│   └── LeaseLost          another worker holds the step now
+├── ObjectNotFound         nothing lies at that URI
+└── ObjectChanged          what lies at that URI is not what was planned
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""Text conditioning: T5 features and the pooled CLIP feature, through transformers (ENGINE.md 1.3).
+
+Nothing is masked: every prompt is padded to one length, so prompts of different length batch freely, and a change of
+that length changes the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from engine.errors import WeightsError
+from engine.weights import ModelFiles, safetensors_files
+
+MAX_TEXT_LENGTH = 512
+CLIP_LENGTH = 77
+
+
+@dataclass(frozen=True, slots=True)
+class TextFeatures:
+    """What the transformer sees of one prompt."""
+
+    t5: Tensor
+    """(text_length, text_dim): last hidden state, padding included."""
+    pooled: Tensor
+    """(pooled_dim,): CLIP's state at the first end-of-text token, before any projection."""
+
+
+class TextEncoder:
+    """Both encoders and their tokenizers; encodes each distinct prompt once."""
+
+    def __init__(self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, text_length: int | None) -> None:
+        self.device = device
+        self._folders = {
+            "text_encoder": files.clip,
+            "text_encoder_2": files.t5,
+            "tokenizer": files.clip_tokenizer,
+            "tokenizer_2": files.t5_tokenizer,
+        }
+        self.clip_tokenizer = _tokenizer(CLIPTokenizer, files.clip_tokenizer)
+        self.t5_tokenizer = _tokenizer(T5Tokenizer, files.t5_tokenizer)
+        self.clip = _load(CLIPTextModel, files.clip, device=device, dtype=dtype)
+        # In fp16 T5's feed-forward overflows (transformers#5651).
+        t5_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.t5 = _load(T5EncoderModel, files.t5, device=device, dtype=t5_dtype)
+        for name, width, wanted in (
+            ("text_encoder", self.clip.config.hidden_size, files.config.flow.pooled_dim),
+            ("text_encoder_2", self.t5.config.d_model, files.config.flow.text_dim),
+        ):
+            if width != wanted:
+                raise WeightsError(f"{name} is {width} wide, the transformer expects {wanted}")
+        self.text_length = default_text_length(self.t5_tokenizer.model_max_length, text_length)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> TextFeatures:
+        """Features of one prompt, padded (and cut) to `text_length` T5 tokens and 77 CLIP tokens.
+
+        One prompt a pass: the features then do not depend on what else is encoded.
+        """
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip_ids = self.clip_tokenizer(prompt, max_length=CLIP_LENGTH, **options).input_ids
+        t5_ids = self.t5_tokenizer(prompt, max_length=self.text_length, **options).input_ids
+        return self.encode_ids(clip_ids, t5_ids)
+
+    @torch.no_grad()
+    def encode_ids(self, clip_ids: Tensor, t5_ids: Tensor) -> TextFeatures:
+        """Features of token ids (1, 77) and (1, text_length)."""
+        pooled = self.clip(clip_ids.to(self.device)).pooler_output
+        t5 = self.t5(t5_ids.to(self.device)).last_hidden_state
+        return TextFeatures(t5=t5[0], pooled=pooled[0])
+
+    def count_tokens(self, prompt: str) -> int:
+        """T5 tokens of a prompt, its end token included; beyond `text_length` they are cut off."""
+        return len(self.t5_tokenizer(prompt).input_ids)
+
+    def save(self, folder: Path) -> None:
+        """Write the four text folders of a diffusers layout."""
+        self.clip.save_pretrained(folder / "text_encoder")
+        self.t5.save_pretrained(folder / "text_encoder_2")
+        for name in ("tokenizer", "tokenizer_2"):  # as they are: save_pretrained drops spiece.model
+            shutil.copytree(self._folders[name], folder / name, dirs_exist_ok=True)
+
+
+def default_text_length(model_max_length: int, asked: int | None) -> int:
+    """The T5 length to use: what was asked for, else the tokenizer's own when at most 512, else 512."""
+    if asked is None:
+        return model_max_length if 0 < model_max_length <= MAX_TEXT_LENGTH else MAX_TEXT_LENGTH
+    if not 0 < asked <= MAX_TEXT_LENGTH:
+        raise WeightsError(f"text_length {asked} is not between 1 and {MAX_TEXT_LENGTH}")
+    return asked
+
+
+def _tokenizer(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{folder}: no usable tokenizer ({error})") from error
+
+
+def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """A text encoder, strictly: transformers itself only logs names that are missing or too many."""
+    safetensors_files(folder)  # a folder with pickles alone is refused by name
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        module, info = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises OSError, RuntimeError, SafetensorError and others alike
+        raise WeightsError(f"{folder}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    surplus = [name for name in info["unexpected_keys"] if not name.endswith(("embed_tokens.weight", "position_ids"))]
+    if info["missing_keys"] or surplus or info.get("mismatched_keys"):
+        raise WeightsError.mismatch(
+            str(folder),
+            missing=info["missing_keys"],
+            surplus=surplus,
+            shapes=[str(entry) for entry in info.get("mismatched_keys", ())],
+        )
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()  # memory of its own; see weights.load_strictly
+    return module.to(device).requires_grad_(False).eval()
+
+
+def clip_l_config() -> CLIPTextConfig:
+    """The text half of openai/clip-vit-large-patch14: 123,060,480 parameters."""
+    return CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    )
+
+
+def t5_xxl_config() -> T5Config:
+    """The encoder of google/t5-v1_1-xxl: 4,762,310,656 parameters."""
+    return T5Config(
+        d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", vocab_size=32128
+    )

@@ -1,0 +1,23 @@
+"""Every test runs with one torch thread (two slow tiny nets down) and with an environment of its own."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: diffusers takes its time embedding from torch.exp, which MKL rounds differently by CPU
+# vendor (engine.layers says more). Its portable path makes the oracle the same on every machine.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("KONTEXT_BATCH_", "AWS_")):
+            monkeypatch.delenv(name)

@@ -1,0 +1,68 @@
+"""The reference case and the engine loaded from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.config import AutoencoderConfig, FlowConfig, ModelConfig
+from engine.pipeline import KontextEngine
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference"
+CASE = REFERENCE / "case-1"
+
+
+@pytest.fixture(scope="session")
+def case() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((CASE / "case.json").read_text())
+    return data
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Mapping[str, Tensor]:
+    return load_file(CASE / "inputs.safetensors")
+
+
+@pytest.fixture(scope="session")
+def expected() -> Mapping[str, Tensor]:
+    return load_file(CASE / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def engine() -> KontextEngine:
+    """The tiny random Kontext of the reference case, 32 text tokens as the case was made with."""
+    return KontextEngine.load(CASE / "model", device="cpu", text_length=32)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        flow=FlowConfig.from_diffusers(json.loads((CASE / "model/transformer/config.json").read_text())),
+        autoencoder=AutoencoderConfig.from_diffusers(json.loads((CASE / "model/vae/config.json").read_text())),
+    )
+
+
+@pytest.fixture
+def bfl_folder(tmp_path: Path, tiny_config: ModelConfig) -> Path:
+    """The reference case as a folder of BFL files with a `config.json` beside them."""
+    folder = tmp_path / "bfl"
+    shutil.copytree(CASE / "bfl", folder)
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.copytree(CASE / "model" / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(tiny_config.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A copy of the reference case's diffusers folder, to be damaged."""
+    folder = tmp_path / "model"
+    shutil.copytree(CASE / "model", folder)
+    return folder
