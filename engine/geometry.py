@@ -40,17 +40,22 @@ def sizes(area: int = KONTEXT_AREA) -> tuple[tuple[int, int], ...]:
 
 
 def _nearest_grid(ratio: float, area: int) -> tuple[int, int]:
-    """The size of about `area` pixels (within 10 % where one exists) whose ratio is nearest to `ratio`."""
+    """The size of about `area` pixels (within 10 % where one exists) whose ratio is nearest to `ratio`.
+
+    Of equal ratios the one nearest to the area, so that a tall size is always its wide size on end.
+    """
     tokens = area / TOKEN_SIDE**2
-    best: tuple[float, float, int, int] | None = None
+    best: tuple[float, float, float, int, int] | None = None
     for columns in range(1, math.ceil(tokens) + 1):
-        for rows in {max(1, math.floor(tokens / columns)), math.ceil(tokens / columns)}:
-            excess = max(0.0, abs(rows * columns / tokens - 1) - 0.1)
-            candidate = (excess, abs(math.log(columns / rows / ratio)), columns, rows)
+        fewest = max(1, math.floor(tokens * 0.9 / columns))
+        for rows in range(fewest, math.ceil(tokens * 1.1 / columns) + 1):
+            off = abs(rows * columns / tokens - 1)
+            excess = off if off > 0.1 else 0.0
+            candidate = (excess, round(abs(math.log(columns / rows / ratio)), 9), off, columns, rows)
             if best is None or candidate < best:
                 best = candidate
     assert best is not None
-    return best[2] * TOKEN_SIDE, best[3] * TOKEN_SIDE
+    return best[3] * TOKEN_SIDE, best[4] * TOKEN_SIDE
 
 
 def nearest_size(width: int, height: int, *, area: int = KONTEXT_AREA) -> tuple[int, int]:
@@ -72,3 +77,43 @@ def token_count(width: int, height: int) -> int:
     """Tokens of an image of this size."""
     rows, columns = token_grid(width, height)
     return rows * columns
+
+
+def latent_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of the autoencoder's latents of an image of this size (8 pixels to one)."""
+    rows, columns = token_grid(width, height)
+    return columns * 2, rows * 2
+
+
+Box = tuple[int, int, int, int]
+"""Left, top, width and height in pixels."""
+
+
+def pad_box(width: int, height: int, into_width: int, into_height: int) -> Box:
+    """Where a picture lies, centred, when it is scaled to be whole inside another size; the rest is padding."""
+    _check_sizes(width, height, into_width, into_height)
+    if width * into_height >= height * into_width:
+        w, h = into_width, max(1, _rounded(height * into_width, width))
+    else:
+        w, h = max(1, _rounded(width * into_height, height)), into_height
+    return (into_width - w) // 2, (into_height - h) // 2, w, h
+
+
+def crop_box(width: int, height: int, into_width: int, into_height: int) -> Box:
+    """The centred part of a picture that fills another size when it is scaled to cover it."""
+    _check_sizes(width, height, into_width, into_height)
+    if width * into_height >= height * into_width:
+        w, h = max(1, _rounded(into_width * height, into_height)), height
+    else:
+        w, h = width, max(1, _rounded(into_height * width, into_width))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    """Half up; never banker's, which would shift a box by a pixel between even and odd sizes."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def _check_sizes(*sides: int) -> None:
+    if min(sides) < 1:
+        raise ValueError(f"sizes must be positive, not {sides}")
