@@ -227,14 +227,14 @@ def load_autoencoder(files: ModelFiles, *, device: torch.device) -> Autoencoder:
 
 
 def to_diffusers(module: FlowTransformer | Autoencoder) -> dict[str, Tensor]:
-    """The state dict of a module in diffusers names."""
+    """The state dict of a module in diffusers names; parts of fused weights are copied out of them."""
     names = module.state_dict()
     if isinstance(module, FlowTransformer):
         table = flow_to_diffusers(names, module.config)
     else:
         table = autoencoder_to_diffusers(names, module.config)
     return {
-        target: part.contiguous()
+        target: part.clone(memory_format=torch.contiguous_format) if len(translation.names) > 1 else part.contiguous()
         for name, translation in table.items()
         for target, part in zip(translation.names, translation.split(names[name]), strict=True)
     }
