@@ -3,6 +3,7 @@
 EngineError (ValueError)
 ├── ConfigError      sizes that do not fit together, a config file that is wrong
 ├── WeightsError     a file or folder of weights that cannot be loaded as it is
+├── AdapterError     an adapter (LoRA) that cannot be loaded, or not into this model
 ├── RequestError     an edit request that cannot be run
 └── NonFiniteError   a row whose result holds NaN or infinity
 """
@@ -35,6 +36,10 @@ class WeightsError(EngineError):
                 more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
                 parts.append(f"{len(listed)} {label}: {', '.join(listed[:5])}{more}")
         return cls(f"{where} does not match its config; {'; '.join(parts)}")
+
+
+class AdapterError(EngineError):
+    """An adapter is of an unsupported kind, pickled, damaged, or does not fit the model."""
 
 
 class RequestError(EngineError):

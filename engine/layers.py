@@ -59,16 +59,21 @@ class Embedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the head width, in fp32."""
+    """Root mean square norm over the head width."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
-        return (normed * self.scale.float()).to(x.dtype)
+        return rms_norm(x, self.scale)
+
+
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """Root mean square norm over the last axis, in fp32; the result has the dtype of `x`."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
+    return (normed * scale.float()).to(x.dtype)
 
 
 class QKNorm(nn.Module):

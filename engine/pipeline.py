@@ -26,6 +26,7 @@ from engine.batching import DEFAULT_MAX_ROWS, Batch, Row
 from engine.config import ModelConfig
 from engine.errors import EngineError, NonFiniteError, RequestError
 from engine.latents import Latents, context_ids, draw_noise, grid_ids, image_to_tensor, pack, tensor_to_image, unpack
+from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
 from engine.sampling import schedule
 from engine.text import TextEncoder, TextFeatures
 from engine.transformer import FlowTransformer
@@ -100,6 +101,7 @@ class KontextEngine:
         self.device = device
         self.max_rows = max_rows
         """Most rows alive at once; bounds the memory of a step."""
+        self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
 
     @classmethod
     def load(
@@ -133,6 +135,18 @@ class KontextEngine:
     def save(self, path: str | Path) -> None:
         """Write the model in the diffusers layout; adapters are not part of it."""
         save_model(Path(path), transformer=self.transformer, autoencoder=self.autoencoder, save_texts=self.text.save)
+
+    def load_adapter(self, path: str | Path, *, scale: float = 1.0) -> Adapter:
+        """Apply a LoRA file (ENGINE.md 3c) on top of those already loaded; `scale` 1 is as it was trained.
+
+        Parts for the text encoders are applied as well. What has no effect here is left out, logged, and listed in the
+        result's `ignored`. Raises `AdapterError`, and then leaves the model as it was.
+        """
+        return self.adapters.load(Path(path), scale)
+
+    def unload_adapters(self) -> None:
+        """Take all adapters off; results are then bit for bit those of the model alone."""
+        self.adapters.unload()
 
     def edit(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> list[EditResult]:
         """Make all images; results in the order asked. Raises the first error of any request."""
