@@ -447,9 +447,7 @@ def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[st
     return settings
 
 
-def _alpha(
-    path: Path, settings: Mapping[str, Any], name: str, short: str, group: Mapping[str, Tensor]
-) -> float | None:
+def _alpha(path: Path, settings: Mapping[str, Any], name: str, short: str, group: Mapping[str, Tensor]) -> float | None:
     """Alpha of one module times what rank-stabilised LoRA adds; None means the rank, so that the scale is 1."""
     try:
         if "alpha" in group:
