@@ -1,0 +1,1 @@
+"""Where bytes lie: folders and S3 behind one port, artifacts under the hash of their bytes."""

@@ -1,0 +1,325 @@
+"""One suite over every `ObjectStore`: a folder, S3 (moto) and the router in front of each.
+
+A new store writes a fixture only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moto import mock_aws
+
+from kontext_batch.errors import NotAllowed, ObjectChanged, ObjectNotFound, StepError
+from kontext_batch.ports import ObjectStore
+from kontext_batch.storage.local import LocalStore
+from kontext_batch.storage.router import StoreRouter
+from kontext_batch.storage.s3 import S3Store, make_client
+from kontext_batch.storage.uris import file_uri, s3_uri
+
+PNG = "image/png"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store that may write below `uri("")`, read below `uri("", root="source")`, and nothing else."""
+
+    store: ObjectStore
+    make_uri: Callable[[str], str]
+    put_behind: Callable[[str, bytes], None]
+    """Put an object without the store, at a path of `make_uri`."""
+
+    def uri(self, name: str, *, root: str = "out") -> str:
+        return self.make_uri(f"{root}/{name}")
+
+
+def local_place(folder: Path, wrap: Callable[[ObjectStore], ObjectStore]) -> Place:
+    def make_uri(path: str) -> str:
+        return file_uri(f"{folder}/{path}")
+
+    def put_behind(path: str, data: bytes) -> None:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+    return Place(wrap(LocalStore([make_uri("source")], [make_uri("out")])), make_uri, put_behind)
+
+
+def s3_place(wrap: Callable[[ObjectStore], ObjectStore]) -> Place:
+    client = make_client()
+    client.create_bucket(Bucket="studio")
+
+    def make_uri(path: str) -> str:
+        return s3_uri("studio", path)
+
+    def put_behind(path: str, data: bytes) -> None:
+        client.put_object(Bucket="studio", Key=path, Body=data)
+
+    return Place(wrap(S3Store(client, [make_uri("source")], [make_uri("out")])), make_uri, put_behind)
+
+
+@pytest.fixture(params=["file", "s3", "router over file", "router over s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    scheme = request.param.rpartition(" ")[2]
+
+    def wrap(store: ObjectStore) -> ObjectStore:
+        return StoreRouter({scheme: store}) if request.param.startswith("router") else store
+
+    if scheme == "file":
+        yield local_place(tmp_path, wrap)
+    else:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "for-moto")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "for-moto")
+        with mock_aws():
+            yield s3_place(wrap)
+
+
+def names(place: Place, prefix: str) -> list[str]:
+    return [info.uri for info in place.store.list(prefix)]
+
+
+# --------------------------------------------------------------------------------------------------- read and write
+
+
+@pytest.mark.parametrize("data", [b"", bytes(range(256)) * 9], ids=["empty", "every byte"])
+def test_what_was_written_is_read_back(place: Place, data: bytes) -> None:
+    place.store.write(place.uri("a/b/c.png"), data, media_type=PNG)
+
+    assert place.store.read(place.uri("a/b/c.png")) == data
+
+
+@pytest.mark.parametrize("name", ["RX 100.png", "größe/写真.png", "50%.png", "a+b&c=d.png", "#1?.png", "'q\"\\.png"])
+def test_names_that_need_encoding_come_back_as_they_were(place: Place, name: str) -> None:
+    uri = place.uri(name)
+    info = place.store.write(uri, b"x", media_type=PNG)
+
+    assert info.uri == uri
+    assert place.store.head(uri).uri == uri
+    assert names(place, place.uri("")) == [uri]
+    assert place.store.read(uri) == b"x"
+
+
+def test_head_tells_size_etag_and_time_without_reading(place: Place) -> None:
+    written = place.store.write(place.uri("a.png"), b"12345", media_type=PNG)
+
+    info = place.store.head(place.uri("a.png"))
+
+    assert (info.uri, info.bytes, info.etag) == (place.uri("a.png"), 5, written.etag)
+    assert abs(info.modified - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(written.modified - info.modified) < timedelta(seconds=5)
+    assert list(place.store.list(place.uri(""))) == [info]
+
+
+def test_write_replaces_and_the_etag_follows_the_bytes(place: Place) -> None:
+    first = place.store.write(place.uri("a.png"), b"old", media_type=PNG)
+    second = place.store.write(place.uri("a.png"), b"new", media_type=PNG)
+
+    assert first.etag != second.etag
+    assert place.store.read(place.uri("a.png")) == b"new"
+
+
+def test_read_with_the_listed_etag_refuses_other_bytes(place: Place) -> None:
+    listed = place.store.write(place.uri("a.png"), b"old", media_type=PNG)
+    assert place.store.read(place.uri("a.png"), etag=listed.etag) == b"old"
+
+    place.store.write(place.uri("a.png"), b"new", media_type=PNG)
+
+    with pytest.raises(ObjectChanged, match=r"a\.png has changed"):
+        place.store.read(place.uri("a.png"), etag=listed.etag)
+
+
+def test_read_stops_at_max_bytes(place: Place) -> None:
+    place.store.write(place.uri("a.png"), b"12345", media_type=PNG)
+
+    assert place.store.read(place.uri("a.png"), max_bytes=5) == b"12345"
+    with pytest.raises(StepError, match="5 bytes, more than the 4"):
+        place.store.read(place.uri("a.png"), max_bytes=4)
+
+
+def test_what_is_not_there_is_not_found(place: Place) -> None:
+    place.store.write(place.uri("a/b.png"), b"x", media_type=PNG)
+
+    for name in ("nothing.png", "nor/here.png", "a", "a/b.png/c.png"):
+        with pytest.raises(ObjectNotFound):
+            place.store.head(place.uri(name))
+        with pytest.raises(ObjectNotFound):
+            place.store.read(place.uri(name))
+
+
+def test_readers_see_old_or_new_bytes_never_a_half(place: Place) -> None:
+    versions = [b"a" * 300_000, b"b" * 500_000]
+    uri = place.uri("a.png")
+    place.store.write(uri, versions[0], media_type=PNG)
+    stop = threading.Event()
+
+    def keep_writing() -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            place.store.write(uri, versions[turn % 2], media_type=PNG)
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(keep_writing)
+        try:
+            seen = {place.store.read(uri) for _ in range(40)}
+        finally:
+            stop.set()
+        writer.result()
+    assert seen <= set(versions)
+
+
+# -------------------------------------------------------------------------------------------------- write_if_absent
+
+
+def test_write_if_absent_keeps_what_is_there(place: Place) -> None:
+    assert place.store.write_if_absent(place.uri("x/a.png"), b"first", media_type=PNG) is True
+    assert place.store.write_if_absent(place.uri("x/a.png"), b"second", media_type=PNG) is False
+
+    assert place.store.read(place.uri("x/a.png")) == b"first"
+    assert names(place, place.uri("")) == [place.uri("x/a.png")]
+
+
+def test_of_sixteen_racing_writers_exactly_one_wins(place: Place) -> None:
+    place.store.write_if_absent(place.uri("warm.png"), b"", media_type=PNG)
+    start = threading.Barrier(16)
+    payloads = [bytes([n]) * 50_000 for n in range(16)]
+
+    for round_ in range(3):
+        uri = place.uri(f"deep/{round_}/a.png")
+
+        def race(data: bytes, uri: str = uri) -> bool:
+            start.wait(timeout=30)
+            return place.store.write_if_absent(uri, data, media_type=PNG)
+
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(race, payloads))
+
+        assert won.count(True) == 1
+        assert place.store.read(uri) == payloads[won.index(True)]
+
+
+# ----------------------------------------------------------------------------------------------------------- delete
+
+
+def test_delete_removes_one_object_and_may_be_repeated(place: Place) -> None:
+    for name in ("a.png", "ab.png"):
+        place.store.write(place.uri(name), b"x", media_type=PNG)
+
+    place.store.delete(place.uri("a.png"))
+    place.store.delete(place.uri("a.png"))
+    place.store.delete(place.uri("never/was.png"))
+
+    assert names(place, place.uri("")) == [place.uri("ab.png")]
+
+
+# ------------------------------------------------------------------------------------------------------------- list
+
+
+def test_list_goes_by_code_points_of_the_whole_path(place: Place) -> None:
+    wanted = ["A.png", "a b.png", "a-b.png", "a.png", "a/a.png", "a/z/1.png", "a0.png", "ä.png", "写.png", "😀.png"]
+    for name in reversed(wanted):
+        place.store.write(place.uri(name), b"x", media_type=PNG)
+
+    assert names(place, place.uri("")) == [place.uri(name) for name in wanted]
+
+
+def test_list_prefix_is_text_and_a_slash_makes_it_a_folder(place: Place) -> None:
+    for name in ("im.png", "im/1.png", "images/2.png", "other/im.png"):
+        place.store.write(place.uri(name), b"x", media_type=PNG)
+
+    assert names(place, place.uri("im")) == [place.uri(name) for name in ("im.png", "im/1.png", "images/2.png")]
+    assert names(place, place.uri("im/")) == [place.uri("im/1.png")]
+    assert names(place, place.uri("images/2.p")) == [place.uri("images/2.png")]
+    assert names(place, place.uri("nothing/")) == []
+    assert names(place, place.uri("no/such/folder")) == []
+
+
+def test_list_leaves_hidden_and_unfinished_files_out(place: Place) -> None:
+    for name in (".hidden.png", ".git/a.png", "a/.cache/b.png", "a.png.part", "b.png.tmp", "c.png~", "seen.png"):
+        place.store.write(place.uri(name), b"x", media_type=PNG)
+
+    assert names(place, place.uri("")) == [place.uri("seen.png")]
+    assert names(place, place.uri(".git")) == [place.uri(".git/a.png")], "asked for by its name"
+
+
+def test_list_is_lazy(place: Place) -> None:
+    for number in range(3):
+        place.store.write(place.uri(f"{number}/a.png"), b"x", media_type=PNG)
+
+    listing = place.store.list(place.uri(""))
+
+    assert next(listing).uri == place.uri("0/a.png")
+    assert iter(listing) is listing
+
+
+def test_list_of_an_allowed_folder_named_without_slash_shows_no_sibling(place: Place) -> None:
+    place.put_behind("source/a.png", b"x")
+    place.put_behind("sources/secret.png", b"x")
+
+    assert names(place, place.make_uri("source")) == [place.make_uri("source/a.png")]
+
+
+# --------------------------------------------------------------------------------------------------- what is allowed
+
+READING: list[Callable[[ObjectStore, str], Any]] = [
+    lambda store, uri: store.head(uri),
+    lambda store, uri: store.read(uri),
+]
+WRITING: list[Callable[[ObjectStore, str], Any]] = [
+    lambda store, uri: store.write(uri, b"x", media_type=PNG),
+    lambda store, uri: store.write_if_absent(uri, b"x", media_type=PNG),
+    lambda store, uri: store.delete(uri),
+]
+
+
+def test_a_read_prefix_may_be_read_and_not_written(place: Place) -> None:
+    place.put_behind("source/a.png", b"photo")
+    uri = place.uri("a.png", root="source")
+
+    assert place.store.read(uri) == b"photo"
+    assert place.store.head(uri).bytes == 5
+    for call in WRITING:
+        with pytest.raises(NotAllowed, match="may not be written"):
+            call(place.store, uri)
+    assert place.store.read(uri) == b"photo"
+
+
+@pytest.mark.parametrize("path", ["other/a.png", "sources/a.png", "outside.png", "out.png"])
+def test_places_outside_the_prefixes_are_refused_by_name(place: Place, path: str) -> None:
+    place.put_behind(path, b"secret")
+    uri = place.make_uri(path)
+
+    for call in READING + WRITING:
+        with pytest.raises(NotAllowed) as refused:
+            call(place.store, uri)
+        assert uri in str(refused.value)
+        assert place.make_uri("out") in str(refused.value), "says what is allowed"
+    with pytest.raises(NotAllowed):
+        place.store.list(place.make_uri(path.rpartition("/")[0] or "o"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../source/a.png", "a/../../source/a.png", "./a.png", "..", "a/..", "a\0.png", "a\nb.png", "a\x7f.png", "a/", ""],
+)
+def test_names_that_are_no_names_are_refused(place: Place, name: str) -> None:
+    place.put_behind("source/a.png", b"secret")
+
+    for call in READING + WRITING:
+        with pytest.raises(NotAllowed):
+            call(place.store, place.uri(name))
+
+
+@pytest.mark.parametrize("uri", ["", "/etc/passwd", "a.png", "http://x/a.png", "file:a.png", "s3:/studio/out/a.png"])
+def test_uris_of_another_form_are_refused(place: Place, uri: str) -> None:
+    for call in READING + WRITING:
+        with pytest.raises(NotAllowed):
+            call(place.store, uri)
+    with pytest.raises(NotAllowed):
+        place.store.list(uri)
