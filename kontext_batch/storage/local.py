@@ -166,12 +166,16 @@ class LocalStore:
                 yield info
 
     def _listed(self, path: str, entry: os.DirEntry[str]) -> ObjectInfo | None:
-        with _errors(file_uri(path), write=False), suppress(FileNotFoundError):
+        with _errors(file_uri(path), write=False):
             if entry.is_symlink() and not _real(self._readable).hold(os.path.realpath(path)):
                 return None
-            found = entry.stat()
+            try:
+                found = entry.stat()
+            except OSError as error:
+                if error.errno in _NO_OBJECT | {errno.ELOOP}:
+                    return None  # a link to nothing, or a file removed since the folder was read
+                raise
             return _info(path, found) if stat.S_ISREG(found.st_mode) else None
-        return None
 
 
 def _object_path(uri: str) -> str:
