@@ -152,8 +152,8 @@ class Texts:
             return self.compile(getattr(document.steps[target.owner], "prompt"), ("steps", target.owner, "prompt"))  # noqa: B009
         if target.kind == "text":
             return self._translation(target.owner)
-        # `ext` and `candidate` are put in by whoever expands a path
-        return lambda _point: None
+        # `ext` and `candidate`: a path is expanded at a point with two more values at its end.
+        return _key(-2 if target.kind == "ext" else -1)
 
     def _field(self, target: Target, path: Path) -> Lookup:
         position, name = self._positions[target.owner], target.field
