@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from engine.errors import ConfigError
+
+VARIANTS: Mapping[int, str] = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}
+"""Input channels of the transformer that tell another variant of the model."""
+
+
+def _check_counts(config: FlowConfig | AutoencoderConfig, *names: str) -> None:
+    """Raise `ConfigError` unless these entries are whole numbers from 1 (depths from 0), alone or in a tuple."""
+    for name in names:
+        value = getattr(config, name)
+        least = 0 if name.startswith("depth") else 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is not int or number < least:
+                raise ConfigError(f"{name} is {value!r}; whole numbers from {least} are needed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +47,14 @@ class FlowConfig:
     """Whether the guidance scale is embedded (dev models, guidance-distilled)."""
 
     def __post_init__(self) -> None:
+        _check_counts(self, "in_channels", "hidden_size", "num_heads", "depth_double", "depth_single")
+        _check_counts(self, "text_dim", "pooled_dim", "axes_dims")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
-            raise ConfigError(f"axes_dims {self.axes_dims} must be even and sum to the head width {self.head_dim}")
+        if len(self.axes_dims) != 3 or sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
+            raise ConfigError(
+                f"axes_dims {self.axes_dims} must be three, even, and sum to the head width {self.head_dim}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -49,10 +67,17 @@ class FlowConfig:
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
         """From `transformer/config.json` (FluxTransformer2DModel)."""
+        _check_class(config, "FluxTransformer2DModel")
         try:
             heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
             if config.get("patch_size", 1) != 1:
                 raise ConfigError(f"patch_size {config['patch_size']} is not supported; FLUX.1 has 1")
+            if config.get("out_channels") not in (None, config["in_channels"]):
+                variant = VARIANTS.get(config["in_channels"], "another variant")
+                raise ConfigError(
+                    f"in_channels {config['in_channels']} and out_channels {config['out_channels']} are those of "
+                    f"{variant}, not of Kontext or dev"
+                )
             return cls(
                 in_channels=config["in_channels"],
                 hidden_size=heads * head_dim,
@@ -66,6 +91,8 @@ class FlowConfig:
             )
         except KeyError as error:
             raise ConfigError(f"transformer config lacks {error}") from error
+        except TypeError as error:
+            raise ConfigError(f"transformer config has an entry of a wrong type ({error})") from error
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of `transformer/config.json`."""
@@ -106,6 +133,15 @@ class AutoencoderConfig:
     """Side in pixels of the square that the model was trained for; its square is the model's native area."""
 
     def __post_init__(self) -> None:
+        _check_counts(self, "image_channels", "block_channels", "res_blocks", "latent_channels", "groups")
+        _check_counts(self, "sample_size")
+        if len(self.block_channels) != 4:
+            raise ConfigError(f"block_channels {self.block_channels}: four levels are needed, for 8x smaller latents")
+        for name, value in (("scale", self.scale), ("shift", self.shift)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{name} of the latents is {value!r}; a number is needed")
+        if self.scale == 0:
+            raise ConfigError("scale of the latents is 0")
         for width in self.block_channels:
             if width % self.groups:
                 raise ConfigError(f"block_channels {self.block_channels} must be multiples of groups {self.groups}")
@@ -118,8 +154,11 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
         """From `vae/config.json` (AutoencoderKL)."""
+        _check_class(config, "AutoencoderKL")
         if config.get("use_quant_conv", True) or config.get("use_post_quant_conv", True):
             raise ConfigError("vae config asks for quant convolutions, which FLUX.1's autoencoder does not have")
+        if config.get("act_fn", "silu") != "silu" or not config.get("mid_block_add_attention", True):
+            raise ConfigError("vae config asks for another activation or no attention; FLUX.1's has SiLU and attention")
         try:
             return cls(
                 image_channels=config["in_channels"],
@@ -133,6 +172,8 @@ class AutoencoderConfig:
             )
         except KeyError as error:
             raise ConfigError(f"vae config lacks {error}") from error
+        except TypeError as error:
+            raise ConfigError(f"vae config has an entry of a wrong type ({error})") from error
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of `vae/config.json`."""
@@ -167,8 +208,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.flow.in_channels != 4 * self.autoencoder.latent_channels:
+            variant = VARIANTS.get(self.flow.in_channels)
             raise ConfigError(
                 f"a packed token has 4 x {self.autoencoder.latent_channels} channels, not {self.flow.in_channels}"
+                + (f", which is {variant}; only Kontext and dev are supported" if variant else "")
             )
 
     @property
@@ -196,6 +239,12 @@ class ModelConfig:
 _Config = TypeVar("_Config", FlowConfig, AutoencoderConfig)
 
 
+def _check_class(config: Mapping[str, Any], wanted: str) -> None:
+    found = config.get("_class_name", wanted)
+    if found != wanted:
+        raise ConfigError(f"the config is that of {found}; FLUX.1's is {wanted}")
+
+
 def _section(kind: type[_Config], own: Mapping[str, Any] | None, diffusers: Mapping[str, Any] | None) -> _Config:
     if own is None:
         return kind() if diffusers is None else kind.from_diffusers(diffusers)
@@ -203,7 +252,10 @@ def _section(kind: type[_Config], own: Mapping[str, Any] | None, diffusers: Mapp
     if unknown := set(own) - names:
         raise ConfigError(f"{kind.__name__} has no {sorted(unknown)}; it has {sorted(names)}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__} has an entry of a wrong type ({error})") from error
 
 
 KONTEXT_DEV = ModelConfig()

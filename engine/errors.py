@@ -35,7 +35,10 @@ class WeightsError(EngineError):
             if listed:
                 more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
                 parts.append(f"{len(listed)} {label}: {', '.join(listed[:5])}{more}")
-        return cls(f"{where} does not match its config; {'; '.join(parts)}")
+        return cls(
+            f"{where} does not match its config; {'; '.join(parts)}. Take weights and config from one complete copy of "
+            "the model"
+        )
 
 
 class AdapterError(EngineError):

@@ -50,12 +50,12 @@ class TextEncoder:
         # In fp16 T5's feed-forward overflows (transformers#5651).
         t5_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.t5 = _load(T5EncoderModel, files.t5, device=device, dtype=t5_dtype)
-        for name, width, wanted in (
-            ("text_encoder", self.clip.config.hidden_size, files.config.flow.pooled_dim),
-            ("text_encoder_2", self.t5.config.d_model, files.config.flow.text_dim),
+        for folder, width, wanted in (
+            (files.clip, self.clip.config.hidden_size, files.config.flow.pooled_dim),
+            (files.t5, self.t5.config.d_model, files.config.flow.text_dim),
         ):
             if width != wanted:
-                raise WeightsError(f"{name} is {width} wide, the transformer expects {wanted}")
+                raise WeightsError(f"{folder}: {width} wide, the transformer expects {wanted}; it is another model's")
         self.text_length = default_text_length(self.t5_tokenizer.model_max_length, text_length)
 
     @torch.no_grad()
@@ -100,15 +100,16 @@ def default_text_length(model_max_length: int, asked: int | None) -> int:
 def _tokenizer(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise WeightsError(f"{folder}: no usable tokenizer ({error})") from error
 
 
 def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """A text encoder, strictly: transformers itself only logs names that are missing or too many."""
     safetensors_files(folder)  # a folder with pickles alone is refused by name
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         module, info = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -117,6 +118,8 @@ def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) 
         raise WeightsError(f"{folder}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     surplus = [name for name in info["unexpected_keys"] if not name.endswith(("embed_tokens.weight", "position_ids"))]
     if info["missing_keys"] or surplus or info.get("mismatched_keys"):
         raise WeightsError.mismatch(

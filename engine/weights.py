@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.autoencoder import Autoencoder
-from engine.config import KONTEXT_DEV, AutoencoderConfig, FlowConfig, ModelConfig
+from engine.config import KONTEXT_DEV, VARIANTS, AutoencoderConfig, FlowConfig, ModelConfig
 from engine.errors import ConfigError, WeightsError
 from engine.keys import Translation, autoencoder_to_diffusers, flow_to_diffusers, untranslated
 from engine.transformer import FlowTransformer
@@ -28,8 +28,6 @@ from engine.transformer import FlowTransformer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 REPACKAGED_PREFIX = "model.diffusion_model."
-VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}
-"""Input channels of the transformer that tell another variant of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +64,7 @@ def find_model(path: Path, config: ModelConfig | None = None) -> ModelFiles:
         if not name.is_dir():
             raise WeightsError(f"{path}: the folder {name.name}/ is missing")
     if (path / "transformer" / "config.json").is_file():
-        found = ModelConfig(
-            flow=FlowConfig.from_diffusers(read_json(path / "transformer" / "config.json")),
-            autoencoder=AutoencoderConfig.from_diffusers(read_json(path / "vae" / "config.json")),
-        )
+        found = _named(path, _diffusers_config)
         if config is not None and config != found:
             raise ConfigError(f"{path}: the config given is not that of the folder's config.json files")
         return ModelFiles(
@@ -84,8 +79,31 @@ def find_model(path: Path, config: ModelConfig | None = None) -> ModelFiles:
         )
     if config is None:
         beside = path / "config.json"
-        config = ModelConfig.from_dict(read_json(beside)) if beside.is_file() else KONTEXT_DEV
+        config = (
+            _named(beside, lambda file: ModelConfig.from_dict(read_json(file))) if beside.is_file() else KONTEXT_DEV
+        )
     return ModelFiles(layout="bfl", transformer=flux[0], autoencoder=path / "ae.safetensors", config=config, **texts)
+
+
+def _diffusers_config(folder: Path) -> ModelConfig:
+    flow, autoencoder = folder / "transformer" / "config.json", folder / "vae" / "config.json"
+    return ModelConfig(
+        flow=_named(flow, lambda file: FlowConfig.from_diffusers(read_json(file))),
+        autoencoder=_named(autoencoder, lambda file: AutoencoderConfig.from_diffusers(read_json(file))),
+    )
+
+
+Config = TypeVar("Config", ModelConfig, FlowConfig, AutoencoderConfig)
+
+
+def _named(path: Path, read: Callable[[Path], Config]) -> Config:
+    """Read a config; its errors begin with the path."""
+    try:
+        return read(path)
+    except ConfigError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,8 +133,10 @@ def safetensors_files(where: Path) -> list[Path]:
         raise WeightsError(f"{where}: missing")
     indices = sorted(where.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
-        files = [where / name for name in names]
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WeightsError(f"{indices[0]}: no weight_map of tensor names to file names")
+        files = [where / name for name in sorted(set(weight_map.values()))]
         lost = [file.name for file in files if file.parent != where or not file.is_file()]
         if lost or not files:
             raise WeightsError(f"{where}: {indices[0].name} names {', '.join(lost) or 'no file'}, which is not there")
