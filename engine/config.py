@@ -70,6 +70,8 @@ class FlowConfig:
         _check_class(config, "FluxTransformer2DModel")
         try:
             heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+            if type(heads) is not int or type(head_dim) is not int:
+                raise TypeError(f"num_attention_heads is {heads!r}, attention_head_dim is {head_dim!r}")
             if config.get("patch_size", 1) != 1:
                 raise ConfigError(f"patch_size {config['patch_size']} is not supported; FLUX.1 has 1")
             if config.get("out_channels") not in (None, config["in_channels"]):
@@ -248,6 +250,8 @@ def _check_class(config: Mapping[str, Any], wanted: str) -> None:
 def _section(kind: type[_Config], own: Mapping[str, Any] | None, diffusers: Mapping[str, Any] | None) -> _Config:
     if own is None:
         return kind() if diffusers is None else kind.from_diffusers(diffusers)
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{kind.__name__} is a mapping of names to sizes, not {own!r}")
     names = {entry.name for entry in fields(kind)}
     if unknown := set(own) - names:
         raise ConfigError(f"{kind.__name__} has no {sorted(unknown)}; it has {sorted(names)}")

@@ -112,7 +112,12 @@ def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) 
     transformers_logging.disable_progress_bar()
     try:
         module, info = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # told below, with names
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises OSError, RuntimeError, SafetensorError and others alike
         raise WeightsError(f"{folder}: {error}") from error
@@ -126,7 +131,10 @@ def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) 
             str(folder),
             missing=info["missing_keys"],
             surplus=surplus,
-            shapes=[str(entry) for entry in info.get("mismatched_keys", ())],
+            shapes=[
+                f"{name} {list(found)} instead of {list(wanted)}"
+                for name, found, wanted in info.get("mismatched_keys", ())
+            ],
         )
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()  # memory of its own; see weights.load_strictly
