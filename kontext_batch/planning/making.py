@@ -283,12 +283,13 @@ def readable(node: Node, made: MadeSet) -> tuple[Made, ...]:
 
 
 def _inputs(pictures: Sequence[Picture]) -> tuple[StepInput, ...]:
-    positions: Counter[str] = Counter()
+    positions: dict[str, int] = {}
     inputs: list[StepInput] = []
     for picture in pictures:
+        position = positions.get(picture.role, 0)
+        positions[picture.role] = position + 1
         parent = picture.made.key if picture.made is not None else None
-        inputs.append(StepInput(picture.role, positions[picture.role], picture.source, parent))
-        positions[picture.role] += 1
+        inputs.append(StepInput(picture.role, position, picture.source, parent))
     return tuple(inputs)
 
 

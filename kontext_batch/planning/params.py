@@ -75,7 +75,8 @@ DEFAULT_QUALITY: Mapping[str, int | None] = {"jpeg": 90, "webp": 85, "avif": 60,
 
 def step_key(operation: str, params: Mapping[str, Any], inputs: Sequence[StepInput]) -> str:
     """The identity of a step (RECIPES.md 3): what it makes, nothing of what it is called or where things lie."""
-    hashed = {name: value for name, value in params.items() if name != "model"}
+    hashed = dict(params)
+    hashed.pop("model", None)
     if hashed.get("adapters"):
         hashed["adapters"] = [{"scale": each["scale"], "sha256": each["sha256"]} for each in params["adapters"]]
     return content_hash(

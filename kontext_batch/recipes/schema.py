@@ -162,9 +162,9 @@ def _axis_tag(data: Any) -> str:
     return "<map>" if isinstance(data, dict) else "<list>"
 
 
-def _empty_fields(data: Any) -> Any:
+def _no_fields(fields: dict[str, str] | None) -> dict[str, str]:
     """`en:` alone is a value without fields."""
-    return {} if data is None else data
+    return fields or {}
 
 
 AxisValues = Annotated[
@@ -173,7 +173,8 @@ AxisValues = Annotated[
         Tag("<list>"),
     ]
     | Annotated[
-        Annotated[dict[ValueKey, Annotated[Fields, BeforeValidator(_empty_fields)]], Field(min_length=1)], Tag("<map>")
+        Annotated[dict[ValueKey, Annotated[Fields | None, AfterValidator(_no_fields)]], Field(min_length=1)],
+        Tag("<map>"),
     ],
     Discriminator(_axis_tag),
 ]
