@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zoneinfo
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -167,15 +167,10 @@ def _no_fields(fields: dict[str, str] | None) -> dict[str, str]:
     return fields or {}
 
 
+_AxisList = Annotated[tuple[ValueKey, ...], Field(min_length=1), AfterValidator(_no_repeats)]
+_AxisMap = Annotated[dict[ValueKey, Annotated[Fields | None, AfterValidator(_no_fields)]], Field(min_length=1)]
 AxisValues = Annotated[
-    Annotated[
-        Annotated[tuple[ValueKey, ...], Field(min_length=1), AfterValidator(_no_repeats)],
-        Tag("<list>"),
-    ]
-    | Annotated[
-        Annotated[dict[ValueKey, Annotated[Fields | None, AfterValidator(_no_fields)]], Field(min_length=1)],
-        Tag("<map>"),
-    ],
+    Annotated[_AxisList, Tag("<list>")] | Annotated[_AxisMap, Tag("<map>")],
     Discriminator(_axis_tag),
 ]
 
@@ -192,7 +187,7 @@ class Matrix(Model):
     @property
     def axes(self) -> Mapping[str, tuple[str, ...] | Mapping[str, Mapping[str, str]]]:
         """Axis name -> its values, in the order of the recipe."""
-        return self.__pydantic_extra__ or {}
+        return cast("Mapping[str, Any]", self.__pydantic_extra__ or {})
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
