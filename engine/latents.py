@@ -27,8 +27,13 @@ class Latents:
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to fp32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    """Picture to fp32 (3, H, W) in [-1, 1]; transparency is dropped, not blended. Raises `RequestError`."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise RequestError(f"a picture of mode {image.mode} has more than 8 bits a channel; convert it to RGB first")
+    try:
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    except OSError as error:  # Pillow reads a file when its pixels are first needed
+        raise RequestError(f"a picture cannot be read: {error}") from error
     return rearrange(pixels, "h w c -> c h w").float() / 127.5 - 1.0
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from engine import geometry
 from engine.autoencoder import Autoencoder
 from engine.batching import DEFAULT_MAX_ROWS, Batch, Row
 from engine.config import ModelConfig
-from engine.errors import EngineError, NonFiniteError, RequestError
+from engine.errors import ConfigError, EngineError, NonFiniteError, RequestError
 from engine.latents import Latents, context_ids, draw_noise, grid_ids, image_to_tensor, pack, tensor_to_image, unpack
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
 from engine.sampling import schedule
@@ -173,7 +174,7 @@ class KontextEngine:
                 yield index, error
             else:
                 waiting.append((index, request))
-        waiting.sort(key=lambda entry: _shape_key(entry[1]))
+        waiting.sort(key=lambda entry: self._shape_key(entry[1]))
         total, done = sum(request.steps for _, request in waiting), 0
 
         batch = Batch(self.transformer, self.max_rows)
@@ -182,9 +183,16 @@ class KontextEngine:
         while waiting or alive:
             while waiting and batch.free:
                 index, request = waiting.pop(0)
-                job = self._prepare(index, request, prompts)
-                alive[job.row] = job
-                batch.admit(job.row)
+                try:
+                    job = self._prepare(index, request, prompts)
+                except RequestError as error:
+                    total -= request.steps
+                    yield index, error
+                else:
+                    alive[job.row] = job
+                    batch.admit(job.row)
+            if not alive:
+                continue
             batch.step()
             done += len(alive)
             for row in batch.retire():
@@ -192,6 +200,10 @@ class KontextEngine:
                 yield job.index, self._finish(job)
             if on_step is not None:
                 on_step(done, total)
+
+    def _shape_key(self, request: EditRequest) -> tuple[Any, ...]:
+        """Equal for requests that can share a pass, so that sorting brings them together; the order asked is kept."""
+        return self.size_for(request), [(picture.width, picture.height) for picture in _context(request)]
 
     def size_for(self, request: EditRequest) -> tuple[int, int]:
         """Width and height in pixels of what the request makes."""
@@ -205,6 +217,16 @@ class KontextEngine:
     def _check(self, request: EditRequest) -> None:
         """Raise `RequestError` for anything that can be told before computing."""
         side = geometry.TOKEN_SIDE
+        for name in ("steps", "seed", "width", "height"):
+            value = getattr(request, name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole and not (value is None and name in ("width", "height")):
+                raise RequestError(f"{name} is {value!r}; a whole number is needed")
+        if not 0 <= request.seed < 2**64:
+            raise RequestError(f"seed {request.seed} is not between 0 and 2^64 - 1")
+        for picture in _context(request):
+            if not isinstance(picture, Image.Image | Latents):
+                raise RequestError(f"image and references are pictures or latents, not {type(picture).__name__}")
         sized = [(picture.width, picture.height) for picture in _context(request)]
         for width, height in [self.size_for(request), *sized]:
             if width < side or height < side or width % side or height % side:
@@ -268,17 +290,23 @@ class KontextEngine:
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Image.Image:
-        """The picture that packed latents stand for."""
+        """The picture that packed latents stand for; raises `NonFiniteError`."""
         rows, columns = geometry.token_grid(latents.width, latents.height)
         z = unpack(latents.tokens.to(self.device, torch.float32), rows, columns)
-        return tensor_to_image(self.autoencoder.decode(z[None])[0])
+        pixels = self.autoencoder.decode(z[None])[0]
+        if not torch.isfinite(pixels).all():
+            raise NonFiniteError("the decoded picture is not finite; check the autoencoder's weights")
+        return tensor_to_image(pixels)
 
     def _finish(self, job: _Job) -> EditResult | NonFiniteError:
         sampled = time.perf_counter()
         latents = job.row.x.cpu()
         if not torch.isfinite(latents).all():
             return NonFiniteError(f"the result of seed {job.request.seed} is not finite; check the model's weights")
-        image = self.decode(Latents(latents, job.width, job.height))
+        try:
+            image = self.decode(Latents(latents, job.width, job.height))
+        except NonFiniteError as error:
+            return error
         return EditResult(
             image=image,
             latents=latents,
@@ -311,16 +339,15 @@ def _context(request: EditRequest) -> list[Image.Image | Latents]:
     return ([] if request.image is None else [request.image]) + list(request.references)
 
 
-def _shape_key(request: EditRequest) -> tuple[Any, ...]:
-    """Equal for requests that can share a pass, so that sorting brings them together; the order asked is kept."""
-    sizes = tuple((picture.width, picture.height) for picture in _context(request))
-    return (request.width or 0, request.height or 0, sizes)
-
-
 def choose_device(device: str | torch.device) -> torch.device:
     """`auto` is cuda, mps or cpu, in that order."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return chosen

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from engine.errors import WeightsError
+from engine.errors import ConfigError, WeightsError
 from engine.weights import ModelFiles, safetensors_files
 
 MAX_TEXT_LENGTH = 512
@@ -93,7 +93,7 @@ def default_text_length(model_max_length: int, asked: int | None) -> int:
     if asked is None:
         return model_max_length if 0 < model_max_length <= MAX_TEXT_LENGTH else MAX_TEXT_LENGTH
     if not 0 < asked <= MAX_TEXT_LENGTH:
-        raise WeightsError(f"text_length {asked} is not between 1 and {MAX_TEXT_LENGTH}")
+        raise ConfigError(f"text_length {asked} is not between 1 and {MAX_TEXT_LENGTH}")
     return asked
 
 

@@ -1,0 +1,392 @@
+"""Rows that are sampled together: who shares a pass, who joins and leaves when, and that company changes no result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from engine.batching import Batch, Place, Row, advance, forward, schedule
+from engine.config import FlowConfig
+from engine.latents import grid_ids
+from engine.pipeline import EditRequest, KontextEngine
+from engine.sampling import euler_step, guide
+from engine.sampling import schedule as times
+from engine.text import TextFeatures
+from engine.transformer import FlowTransformer
+from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
+
+BOUND = 2e-5
+CHANNELS = 4
+
+
+class Fake(FlowTransformer):
+    """Counts its forward passes and answers with a velocity that a function of each row's inputs gives."""
+
+    def __init__(self, velocity: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.config = FlowConfig()
+        self.velocity = velocity
+        self.passes: list[dict[str, Tensor]] = []
+
+    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
+        self.passes.append(inputs)
+        return self.velocity(inputs)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Places of each pass."""
+        return [inputs["img"].shape[0] for inputs in self.passes]
+
+
+def constant(value: float) -> Fake:
+    return Fake(lambda inputs: torch.full_like(inputs["img"], value))
+
+
+def row(
+    *,
+    tokens: int = 6,
+    context: int = 0,
+    text: int = 3,
+    steps: int = 4,
+    guided: bool = False,
+    cfg_scale: float = 3.0,
+    fill: float = 0.0,
+    guidance: float = 2.5,
+) -> Row:
+    features = TextFeatures(torch.full((text, 5), fill), torch.full((2,), fill))
+    negative = TextFeatures(torch.full((text, 5), -1.0), torch.full((2,), -1.0))
+    return Row(
+        x=torch.full((tokens, CHANNELS), fill),
+        context=torch.full((context, CHANNELS), 100.0),
+        ids=torch.zeros(tokens + context, 3),
+        text=features,
+        times=times(steps, tokens),
+        guidance=guidance,
+        negative=negative if guided else None,
+        cfg_scale=cfg_scale,
+    )
+
+
+def run(batch: Batch, waiting: Sequence[Row]) -> list[Row]:
+    """Sample all rows, each joining as soon as it may; the finished in the order of their leaving."""
+    left, finished = list(waiting), []
+    while left or batch.rows:
+        while left and batch.free:
+            batch.admit(left.pop(0))
+        batch.step()
+        finished += batch.retire()
+    return finished
+
+
+# Who shares a pass
+
+rows = st.builds(
+    row,
+    tokens=st.sampled_from([1, 4, 6]),
+    context=st.sampled_from([0, 2]),
+    text=st.sampled_from([3, 5]),
+    guided=st.booleans(),
+)
+
+
+@given(rows=st.lists(rows, max_size=12), most=st.integers(1, 9))
+@settings(deadline=None)
+def test_every_place_is_in_exactly_one_pass(rows: list[Row], most: int) -> None:
+    passes = schedule(rows, most)
+    wanted = Counter((id(row), negative) for row in rows for negative in (False, True) if not negative or row.negative)
+    found = Counter((id(place.row), place.negative) for places in passes for place in places)
+    assert found == wanted
+    for places in passes:
+        assert 1 <= len(places) <= most
+        assert len({place.row.shape for place in places}) == 1
+
+
+@given(rows=st.lists(rows, max_size=12), most=st.integers(1, 9))
+@settings(deadline=None)
+def test_passes_are_as_few_as_shapes_and_the_limit_allow(rows: list[Row], most: int) -> None:
+    places = Counter(row.shape for row in rows for _ in range(2 if row.negative else 1))
+    assert len(schedule(rows, most)) == sum(-(-count // most) for count in places.values())
+
+
+def test_nothing_to_do_is_no_pass() -> None:
+    assert schedule([], 8) == []
+
+
+def test_negative_places_have_the_negative_text() -> None:
+    guided = row(guided=True, fill=7.0)
+    assert Place(guided).text is guided.text
+    assert Place(guided, negative=True).text is guided.negative
+
+
+# What a pass is given
+
+
+def test_each_place_carries_its_own_time_guidance_text_and_context() -> None:
+    model = constant(0.0)
+    one, two = row(context=2, fill=1.0, guidance=1.5, steps=2), row(context=2, fill=2.0, guidance=4.0, steps=5)
+    two.done = 3
+    velocities = forward(model, [Place(one), Place(two)])
+    (inputs,) = model.passes
+    assert inputs["t"].tolist() == pytest.approx([one.times[0], two.times[3]])
+    assert inputs["guidance"].tolist() == [1.5, 4.0]
+    assert inputs["txt"][:, 0, 0].tolist() == [1.0, 2.0]
+    assert inputs["pooled"][:, 0].tolist() == [1.0, 2.0]
+    assert inputs["img"][:, 0, 0].tolist() == [1.0, 2.0]  # target tokens first
+    assert bool((inputs["img"][:, 6:] == 100.0).all())  # then the context
+    assert [velocity.shape for velocity in velocities] == [(6, CHANNELS)] * 2  # of the target alone
+
+
+# The way of a row
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 28])
+def test_constant_velocity_lands_on_noise_minus_velocity(steps: int) -> None:
+    """x goes from t = 1 to t = 0, so it moves by exactly -v, whatever the schedule."""
+    (finished,) = run(Batch(constant(0.75)), [row(steps=steps, fill=2.0)])
+    assert worst(finished.x, torch.full((6, CHANNELS), 1.25)) < 1e-6
+    assert finished.finished
+    assert finished.done == steps
+
+
+def test_a_perfect_model_lands_on_its_data() -> None:
+    """v = (x - data) / t is the velocity of a straight line; Euler's steps follow it exactly."""
+    data = torch.linspace(-1, 1, 6 * CHANNELS).reshape(6, CHANNELS)
+    model = Fake(lambda inputs: (inputs["img"] - data) / inputs["t"][:, None, None])
+    finished = run(Batch(model), [row(steps=steps, fill=3.0) for steps in (1, 3, 9)])
+    assert all(worst(each.x, data) < 1e-6 for each in finished)
+
+
+def test_classifier_free_guidance_by_hand() -> None:
+    """Velocity 1 with the prompt (text 0), 5 with the negative one (text -1): 5 + 3 (1 - 5) = -7."""
+    model = Fake(lambda inputs: torch.ones_like(inputs["img"]) - 4 * inputs["txt"][:, :1, :1])
+    guided, plain = row(guided=True, cfg_scale=3.0), row()
+    run(Batch(model), [guided, plain])
+    assert worst(guided.x, torch.full((6, CHANNELS), 7.0)) < 1e-5
+    assert worst(plain.x, torch.full((6, CHANNELS), -1.0)) < 1e-6
+
+
+def test_advance_is_one_euler_step() -> None:
+    one = row(fill=2.0)
+    advance(one, torch.full((6, CHANNELS), 3.0), torch.full((6, CHANNELS), 1.0))
+    velocity = guide(torch.full((6, CHANNELS), 3.0), torch.full((6, CHANNELS), 1.0), 3.0)
+    assert torch.equal(one.x, euler_step(torch.full((6, CHANNELS), 2.0), velocity, one.times[0], one.times[1]))
+    assert one.done == 1
+
+
+def test_latents_stay_fp32_whatever_the_model_answers_in() -> None:
+    model = Fake(lambda inputs: torch.ones_like(inputs["img"], dtype=torch.bfloat16))
+    (finished,) = run(Batch(model), [row()])
+    assert finished.x.dtype == torch.float32
+
+
+# Joining and leaving
+
+
+def test_rows_of_different_steps_share_passes() -> None:
+    model = constant(0.0)
+    finished = run(Batch(model), [row(steps=5), row(steps=2), row(steps=3)])
+    assert model.sizes == [3, 3, 2, 1, 1]
+    assert [len(each.times) - 1 for each in finished] == [2, 3, 5]
+
+
+def test_a_waiting_row_joins_as_soon_as_another_leaves() -> None:
+    model = constant(0.0)
+    run(Batch(model, max_rows=2), [row(steps=1), row(steps=4), row(steps=2), row(steps=1)])
+    assert model.sizes == [2, 2, 2, 2]  # 8 row steps in 4 passes of 2: no slot is ever idle
+    joined = [inputs["t"].tolist() for inputs in model.passes]
+    assert [len([t for t in each if t == 1.0]) for each in joined] == [2, 1, 0, 1]
+
+
+def test_rows_of_different_shape_take_different_passes() -> None:
+    model = constant(0.0)
+    run(Batch(model), [row(tokens=6, steps=1), row(tokens=4, steps=1), row(tokens=6, context=2, steps=1)])
+    assert model.sizes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_the_limit_bounds_live_rows_and_places(most: int) -> None:
+    model = constant(0.0)
+    batch = Batch(model, max_rows=most)
+    waiting = [row(steps=steps, guided=steps % 2 == 0) for steps in (3, 2, 4, 1, 2)]
+    places = sum((len(each.times) - 1) * (2 if each.negative else 1) for each in waiting)
+    while waiting or batch.rows:
+        while waiting and batch.free:
+            batch.admit(waiting.pop(0))
+        assert len(batch.rows) <= most
+        batch.step()
+        batch.retire()
+    assert max(model.sizes) <= most
+    assert sum(model.sizes) == places
+
+
+def test_a_full_batch_admits_nobody() -> None:
+    batch = Batch(constant(0.0), max_rows=1)
+    batch.admit(row())
+    assert batch.free == 0
+    with pytest.raises(AssertionError, match="full"):
+        batch.admit(row())
+
+
+def test_rows_leave_in_the_order_of_their_joining() -> None:
+    first, second = row(steps=1), row(steps=1)
+    batch = Batch(constant(0.0))
+    batch.admit(first)
+    batch.admit(second)
+    batch.step()
+    assert batch.retire() == [first, second]
+    assert batch.rows == []
+
+
+# Through the engine
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> KontextEngine:
+    return load_engine(write_model(tmp_path_factory.mktemp("batching") / "model", Sizes(double=2, single=2)))
+
+
+def mixed() -> list[EditRequest]:
+    """Requests that differ in everything; several share a shape."""
+    canvas = picture(64, 64)
+    plain = EditRequest("a mug", image=canvas, width=64, height=64, steps=3)
+    return [
+        plain,
+        replace(plain, prompt="a bottle", seed=1, steps=5),
+        replace(plain, image=picture(64, 64, 2), seed=2, guidance=4.0),
+        replace(plain, seed=3, negative_prompt="ugly", true_cfg_scale=2.5),
+        replace(plain, width=48, height=80, seed=4),
+        replace(plain, image=None, seed=5, steps=1),
+        replace(plain, references=(picture(48, 32, 3),), seed=6),
+        replace(plain, references=(picture(48, 32, 3), picture(32, 48, 4)), reference_layout="index", seed=7),
+        replace(plain, seed=8, steps=2, negative_prompt="", true_cfg_scale=6.0),
+        replace(plain, image=picture(16, 16, 5), references=(picture(48, 64, 5),), seed=9),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: KontextEngine) -> list[Tensor]:
+    return [tiny.edit([request])[0].latents for request in mixed()]
+
+
+@pytest.fixture(params=[1, 3, 8])
+def limited(tiny: KontextEngine, request: pytest.FixtureRequest) -> Iterator[KontextEngine]:
+    before, tiny.max_rows = tiny.max_rows, request.param
+    yield tiny
+    tiny.max_rows = before
+
+
+@pytest.mark.parametrize("order", ["as written", "reversed", "shuffled"])
+def test_a_batch_equals_its_rows_alone(limited: KontextEngine, alone: list[Tensor], order: str) -> None:
+    requests = mixed()
+    indices = list(range(len(requests)))
+    if order == "reversed":
+        indices.reverse()
+    elif order == "shuffled":
+        indices = torch.randperm(len(indices), generator=torch.Generator().manual_seed(5)).tolist()
+    results = limited.edit([requests[index] for index in indices])
+    assert [result.seed for result in results] == [requests[index].seed for index in indices]  # in the order asked
+    for index, result in zip(indices, results, strict=True):
+        assert worst(result.latents, alone[index]) < BOUND
+
+
+def test_equal_requests_in_one_batch_come_out_equal(tiny: KontextEngine) -> None:
+    first, second, other = tiny.edit([mixed()[0], mixed()[0], replace(mixed()[0], seed=77)])
+    assert worst(first.latents, second.latents) < 1e-6
+    assert worst(first.latents, other.latents) > 0.1
+
+
+def test_the_same_call_gives_the_same_bits(tiny: KontextEngine) -> None:
+    first, second = tiny.edit(mixed()), tiny.edit(mixed())
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, second, strict=True))
+
+
+class Counting:
+    """Counts the forward passes of a real transformer."""
+
+    def __init__(self, transformer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        original = transformer.forward
+
+        def counted(**inputs: Any) -> Tensor:
+            self.sizes.append(inputs["img"].shape[0])
+            result: Tensor = original(**inputs)
+            return result
+
+        monkeypatch.setattr(transformer, "forward", counted)
+
+
+def test_requests_of_one_shape_share_passes_wherever_they_stand(
+    tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = EditRequest("a mug", width=64, height=32, steps=2)
+    tall = replace(wide, width=32, height=64, image=picture(32, 32))
+    monkeypatch.setattr(tiny, "max_rows", 2)
+    counting = Counting(tiny.transformer, monkeypatch)
+    tiny.edit([wide, tall, wide, tall])
+    assert counting.sizes == [2, 2, 2, 2]
+
+
+def test_progress_counts_row_steps(tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(tiny, "max_rows", 2)
+    requests = [EditRequest("a mug", width=32, height=32, steps=steps, seed=steps) for steps in (1, 4, 2)]
+    tiny.edit(requests, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)]
+
+
+def test_results_stream_as_they_finish(tiny: KontextEngine) -> None:
+    requests = [EditRequest("a mug", width=32, height=32, steps=steps) for steps in (4, 1, 2)]
+    assert [index for index, _ in tiny.stream(requests)] == [1, 2, 0]
+
+
+def test_each_distinct_prompt_is_encoded_once(tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    original = tiny.text.encode
+
+    def encode(prompt: str) -> TextFeatures:
+        encoded.append(prompt)
+        return original(prompt)
+
+    monkeypatch.setattr(tiny.text, "encode", encode)
+    mug = EditRequest("a mug", width=32, height=32, steps=1, negative_prompt="ugly", true_cfg_scale=2.0)
+    tiny.edit([mug, replace(mug, seed=1), replace(mug, prompt="ugly", negative_prompt="a mug")])
+    assert sorted(encoded) == ["a mug", "ugly"]
+
+
+def test_no_requests_no_results(tiny: KontextEngine) -> None:
+    assert tiny.edit([]) == []
+
+
+@torch.no_grad()
+def test_rows_of_one_pass_do_not_see_one_another(tiny: KontextEngine) -> None:
+    """The transformer itself: one row among others equals the same row alone, time and guidance of each its own."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "img": torch.randn(3, 10, 64, generator=generator),
+        "img_ids": torch.stack([grid_ids(2, 5), grid_ids(5, 2), grid_ids(2, 5, time=1)]),
+        "txt": torch.randn(3, 7, 48, generator=generator),
+        "pooled": torch.randn(3, 32, generator=generator),
+        "t": torch.tensor([1.0, 0.5, 0.1]),
+        "guidance": torch.tensor([1.0, 2.5, 7.0]),
+    }
+    together = tiny.transformer(**inputs)
+    for index in range(3):
+        one = tiny.transformer(**{name: tensor[index : index + 1] for name, tensor in inputs.items()})
+        assert worst(together[index], one[0]) < BOUND
+    inputs["img"][1] = float("nan")
+    assert torch.equal(tiny.transformer(**inputs)[0], together[0])
+
+
+def test_saved_and_loaded_engines_batch_alike(tiny: KontextEngine, alone: list[Tensor], tmp_path: Path) -> None:
+    tiny.save(tmp_path / "saved")
+    results = load_engine(tmp_path / "saved").edit(mixed())
+    assert all(worst(result.latents, wanted) < BOUND for result, wanted in zip(results, alone, strict=True))
