@@ -83,7 +83,7 @@ def draw_noise(tokens: int, channels: int, rows: int, columns: int, seed: int) -
 
     Drawn as (1, c, h, w) latents and then packed, as diffusers does, so that equal seeds give equal noise.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(int(seed))
     latent_channels = channels // PATCH**2
     noise = torch.randn(1, latent_channels, PATCH * rows, PATCH * columns, generator=generator, dtype=torch.float32)
     packed = pack(noise)[0]

@@ -267,7 +267,7 @@ def mixed() -> list[EditRequest]:
         replace(plain, image=None, seed=5, steps=1),
         replace(plain, references=(picture(48, 32, 3),), seed=6),
         replace(plain, references=(picture(48, 32, 3), picture(32, 48, 4)), reference_layout="index", seed=7),
-        replace(plain, seed=8, steps=2, negative_prompt="", true_cfg_scale=6.0),
+        replace(plain, seed=8, steps=2, negative_prompt="", true_cfg_scale=3.0),
         replace(plain, image=picture(16, 16, 5), references=(picture(48, 64, 5),), seed=9),
     ]
 

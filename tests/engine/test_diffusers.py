@@ -374,6 +374,6 @@ def test_autoencoder(pair: Pair) -> None:
     assert worst(found, wanted) < BOUND
     vae = pair.pipeline.vae
     decoded = vae.decode(wanted / vae.config.scaling_factor + vae.config.shift_factor).sample
-    assert worst(pair.engine.autoencoder.decode(wanted), decoded) < BOUND
+    assert worst(pair.engine.autoencoder.decode(wanted), decoded) < 5e-5  # pixels, of a decoder that is all noise
     channels = wanted.shape[1]
     assert torch.equal(pack(wanted), pair.pipeline._pack_latents(wanted, 1, channels, 8, 12))
