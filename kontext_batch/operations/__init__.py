@@ -1,0 +1,1 @@
+"""What is done to pictures without a model: exact sizes, formats, overlays, contact sheets."""
