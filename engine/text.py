@@ -17,10 +17,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ConfigError, WeightsError
-from engine.weights import ModelFiles, safetensors_files
+from engine.weights import ModelFiles, read_json, safetensors_files
 
 MAX_TEXT_LENGTH = 512
 CLIP_LENGTH = 77
+MODEL_TYPES = {CLIPTextModel: ("clip_text_model", "clip"), T5EncoderModel: ("t5",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,9 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
 
 def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """A text encoder, strictly: transformers itself only logs names that are missing or too many."""
+    found = read_json(folder / "config.json").get("model_type")
+    if found not in MODEL_TYPES[kind]:
+        raise ConfigError(f"{folder}/config.json: model_type is {found!r}; {' or '.join(MODEL_TYPES[kind])} is needed")
     safetensors_files(folder)  # a folder with pickles alone is refused by name
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

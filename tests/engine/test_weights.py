@@ -230,10 +230,10 @@ def test_index_that_names_other_files(
 @pytest.mark.parametrize("name", ["vae", "text_encoder", "text_encoder_2"])
 def test_missing_config(model_folder: Path, name: str) -> None:
     (model_folder / name / "config.json").unlink()
-    refused(model_folder, ConfigError if name == "vae" else WeightsError, name)
+    refused(model_folder, ConfigError, f"{name}/config.json", "missing")
 
 
-@pytest.mark.parametrize("name", ["transformer", "vae"])
+@pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder", "text_encoder_2"])
 @pytest.mark.parametrize("content", ["{", "[]", ""])
 def test_config_that_is_no_json_object(model_folder: Path, name: str, content: str) -> None:
     (model_folder / name / "config.json").write_text(content)
@@ -403,6 +403,13 @@ def test_text_encoder_of_another_width(tmp_path: Path, name: str, entry: str) ->
     target = "time_text_embed.text_embedder.linear_1.weight" if name == "text_encoder" else "context_embedder.weight"
     rewrite(file, lambda tensors: tensors.update({target: torch.ones(48, 40)}))
     refused(folder, WeightsError, str(folder / name), "wide", "40")
+
+
+def test_text_encoders_in_one_anothers_place(model_folder: Path) -> None:
+    (model_folder / "text_encoder").rename(model_folder / "other")
+    (model_folder / "text_encoder_2").rename(model_folder / "text_encoder")
+    (model_folder / "other").rename(model_folder / "text_encoder_2")
+    refused(model_folder, ConfigError, "text_encoder/config.json", "'t5'", "clip")
 
 
 @pytest.mark.parametrize(("name", "file"), [("tokenizer", "vocab.json"), ("tokenizer_2", "tokenizer.json")])
