@@ -103,7 +103,8 @@ class _Check:
                 fine = False  # told where it is written
                 continue
             except Cycle as error:
-                self.tell(use.path, f"'{error}' is made of itself")
+                if use.path[0] in ("vars", "texts", "matrix") or name.endswith(".prompt"):
+                    self.tell(use.path, f"'{error}' is made of itself")
                 fine = False
                 continue
             if target.kind != "opaque" and (message := allow(target)):
@@ -151,9 +152,7 @@ class _Check:
                 for name, text in fields.items():
                     if known.get(name, None) != text:
                         path: Path = ("matrix", "include", index, f"{axis}.{name}")
-                        self.tell(
-                            path, f"'{value}' has its fields already; include adds a point, it overwrites nothing"
-                        )
+                        self.tell(path, f"'{value}' has its fields already; include overwrites nothing")
         return values, {axis: frozenset(names) for axis, names in included.items()}
 
     def definitions(self) -> None:

@@ -68,7 +68,8 @@ def load_recipe(text: bytes | str, *, file: str, read_import: Callable[[str], by
     document, found, pruned = validate(RecipeDocument, source)
     problems += found
     imports = source.data.get("import") if document is None else list(document.import_)
-    brand, found, texts = _read_brands(imports if isinstance(imports, list) else [], source, read_import)
+    unread = any(path[:1] == ("import",) for path in pruned)
+    brand, found, texts = _read_brands(imports if isinstance(imports, list) else [], source, read_import, unread)
     problems += found
     if document is None:
         raise RecipeError(problems)
@@ -80,12 +81,11 @@ def load_recipe(text: bytes | str, *, file: str, read_import: Callable[[str], by
 
 
 def _read_brands(
-    names: list[Any], source: Source, read_import: Callable[[str], bytes]
+    names: list[Any], source: Source, read_import: Callable[[str], bytes], opaque: bool
 ) -> tuple[Brand, list[Problem], Mapping[str, bytes]]:
     problems: list[Problem] = []
     documents: list[tuple[Source, BrandDocument]] = []
     texts: dict[str, bytes] = {}
-    opaque = False
     for index, name in enumerate(names):
         path: Path = ("import", index)
         if not isinstance(name, str):

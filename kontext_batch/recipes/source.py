@@ -199,7 +199,7 @@ class _Reader:
         path = self.place()
         self.count(mark, path)
         if self.wants_key():
-            self.key(event.value, mark)
+            self.key(event.value, mark, plain=event.implicit[0])
             if event.anchor is not None:
                 self.anchors[event.anchor] = (event.value, 1)
             return
@@ -222,12 +222,12 @@ class _Reader:
     def note(self, path: Path, mark: Mark) -> None:
         self.values.setdefault(path, mark)
 
-    def key(self, text: str, mark: Mark) -> None:
+    def key(self, text: str, mark: Mark, *, plain: bool) -> None:
         top = self.stack[-1]
         assert isinstance(top.value, dict)
         path = (*top.path, text)
         top.key = text
-        if text == "<<":
+        if text == "<<" and plain:
             top.shadowed = True
             self.problems.append(
                 Problem(
@@ -272,7 +272,7 @@ class _Reader:
         if self.wants_key():
             if not isinstance(value, str):
                 self.stop(mark, path, "a key must be a word, not an alias")
-            self.key(value, mark)
+            self.key(value, mark, plain=False)
             return
         if len(self.stack) + _depth(value) > MAX_DEPTH:
             self.stop(mark, path[:3], f"more than {MAX_DEPTH} levels deep")

@@ -14,6 +14,8 @@ from kontext_batch.recipes.source import Path, Source, WrittenFloat, WrittenInt
 
 M = TypeVar("M", bound=Model)
 
+LOST = "a value is missing: an unquoted '#' begins a comment; quote it ('#ff0000')"
+
 _PRUNED_SECTIONS = ("inputs", "texts", "vars", "matrix", "steps", "outputs", "colors", "logos", "channels")
 
 
@@ -24,6 +26,11 @@ def validate(model: type[M], source: Source) -> tuple[M | None, list[Problem], f
     is checked again, so that names can be looked up in what remains. None when nothing remains.
     """
     document, problems, faulty = _try(model, source, source.data)
+    told = {(problem.line, problem.column) for problem in problems}
+    for path in source.lost:  # where a value may be left out, pydantic has nothing against it
+        mark = source.mark(path)
+        if (mark.line, mark.column) not in told:
+            problems.append(source.problem(path, LOST))
     if document is not None:
         return document, problems, frozenset()
     pruned = frozenset(path[:2] if path[:1] and path[0] in _PRUNED_SECTIONS else path[:1] for path in faulty)
@@ -110,12 +117,11 @@ def _tell(
     if kind == "missing":
         # A union's model may stand above: the missing key is the last name that the data lacks.
         missing = rest[-1] if rest else fault["loc"][-1]
-        return source.problem(path, f"'{missing}' is missing")
+        return source.problem(path, f"'{missing}' is missing", key=True)
     if value is None and path in source.lost:
-        return source.problem(
-            path, "a value is missing: what follows an unquoted '#' is a comment; quote it ('#ff0000')"
-        )
-    key = "[key]" in fault["loc"]
+        return source.problem(path, LOST)
+    # A mapping begins in the line after its key; it is the key that one looks for.
+    key = "[key]" in fault["loc"] or isinstance(value, dict)
     return source.problem(path, _MESSAGES.get(kind, _other)(value, context, fault), key=key)
 
 
