@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,11 @@ from kontext_batch.ports import LoadedPicture, MadePicture
 VERSION = 1
 """Raised when equal parameters make other pixels; part of the step keys."""
 
-ELLIPSIS = "…"
-_FILTERED = {ord(char): " " for char in "\n\r\t\v\f"}
+ELLIPSIS = "..."
+_SPELLED = {"ß": "ss", "ẞ": "SS", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
+            "đ": "d", "Đ": "D", "þ": "th", "Þ": "Th", "·": "-", "–": "-", "—": "-", "×": "x", "’": "'", "‘": "'",
+            "“": '"', "”": '"', "„": '"', "…": "..."}  # fmt: skip
+"""What Unicode does not take apart into a letter and its accents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,8 @@ class _Wanted:
 def contact_sheet(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int) -> MadePicture:
     """One picture of role `cell` for each label (which may be null). Raises `StepError`.
 
-    The sheet itself may have `max_pixels` at most. Labels are drawn in Pillow's built-in font, which knows Latin
-    letters; a label that is too long ends in an ellipsis.
+    The sheet itself may have `max_pixels` at most. Labels are drawn in Pillow's built-in font, the same everywhere,
+    which knows ASCII: letters lose their accents, other scripts show as `?`. A label that is too long ends in `...`.
     """
     started = time.perf_counter()
     try:
@@ -128,9 +132,16 @@ def contact_sheet(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], 
     return MadePicture(data, format_named(wanted.format).media_type, sheet.width, sheet.height, timings)
 
 
+def as_ascii(text: str) -> str:
+    """`Größe 42` as `Grosse 42`, `写真` as `??`, any white space as one blank."""
+    spelled = "".join(_SPELLED.get(char, char) for char in " ".join(text.split()))
+    letters = "".join(char for char in unicodedata.normalize("NFKD", spelled) if not unicodedata.combining(char))
+    return letters.encode("ascii", "replace").decode()
+
+
 def _draw_label(sheet: Image.Image, grid: Grid, corner: tuple[int, int], text: str, background: layout.Colour) -> None:
     font = ImageFont.load_default(grid.font_size)
-    text = " ".join(text.translate(_FILTERED).split())
+    text = as_ascii(text)
     if font.getlength(text) > grid.cell[0]:
         while text and font.getlength(text + ELLIPSIS) > grid.cell[0]:
             text = text[:-1]

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from kontext_batch.errors import StepError
-from kontext_batch.operations.contact_sheet import Grid, contact_sheet
+from kontext_batch.operations.contact_sheet import Grid, as_ascii, contact_sheet
 from kontext_batch.operations.pictures import BadPicture, srgb_profile
 from tests.unit.operations.making import BLACK, BLUE, GREEN, RED, WHITE, decoded, loaded, pixel, plain
 
@@ -120,6 +120,15 @@ def test_a_label_too_long_stays_in_its_cell(label: str) -> None:
     assert found is not None
     assert left - 1 <= found[0] < found[2] <= left + 96 + 1
     assert found[3] <= where.label_height
+
+
+def test_labels_are_spelled_with_the_letters_of_the_font() -> None:
+    assert as_ascii("Größe 42 –\n señor’s Œuvre\t№") == "Grosse 42 - senor's OEuvre No"
+    assert as_ascii("RX-100 写真 ja") == "RX-100 ?? ja"
+    # No character of the font draws the box that stands for a missing glyph.
+    font = ImageFont.load_default(20)
+    missing = bytes(font.getmask("写"))
+    assert not [char for char in map(chr, range(33, 127)) if bytes(font.getmask(char)) == missing]
 
 
 def test_an_empty_label_is_none() -> None:
