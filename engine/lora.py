@@ -215,12 +215,11 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:
     tensors, metadata = _read(path)
     _refuse_kinds(path, tensors)
     family = detect_family(tensors)
-    groups = _without_repeats(_grouped(path, tensors))
+    groups, ignored = _without_repeats(_grouped(path, tensors))
     settings = _peft_settings(path, metadata)
     names = target_names(parts)
 
     changes: list[Change] = []
-    ignored: list[str] = []
     unknown: list[str] = []
     seen: dict[Target, str] = {}
     for name, group in groups.items():
@@ -319,14 +318,13 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, T
     return groups
 
 
-def _without_repeats(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def _without_repeats(groups: dict[str, dict[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Some files hold everything twice, in kohya's and in diffusers' names; diffusers' count, as they do there."""
-    if any(name.startswith(("transformer.", "lora_transformer_")) for name in groups):
-        kept = {name: group for name, group in groups.items() if not name.startswith("lora_unet_")}
-        if len(kept) < len(groups):
-            logger.warning("%d modules in lora_unet_ names repeat others and are left out", len(groups) - len(kept))
-        return kept
-    return groups
+    if not any(name.startswith(("transformer.", "lora_transformer_")) for name in groups):
+        return groups, []
+    repeats = [name for name in groups if name.startswith("lora_unet_")]
+    kept = {name: group for name, group in groups.items() if name not in repeats}
+    return kept, [f"{name} is left out: the file says the same in diffusers' names" for name in repeats]
 
 
 # Names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import logging
@@ -15,9 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.config import FlowConfig
 from engine.errors import AdapterError
 from engine.layers import RMSNorm
+from engine.lora import target_names
 from engine.pipeline import EditRequest, KontextEngine
+from engine.transformer import FlowTransformer
+from tests.engine.conftest import REFERENCE
 from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
 
 RANK, HIDDEN = 4, 48  # hidden size of tiny.Sizes: 3 heads of 16
@@ -231,7 +236,9 @@ def test_everything_said_twice_counts_once(author: Author, tiny: KontextEngine, 
     author.merge(module, b @ a)
     name = "lora_unet_double_blocks_0_img_attn_proj"
     author.tensors |= {f"{name}.lora_down.weight": a.clone(), f"{name}.lora_up.weight": b.clone()}
-    check(author, tiny, author.save(tmp_path / "twice.safetensors"))
+    path = author.save(tmp_path / "twice.safetensors")
+    check(author, tiny, path)
+    assert [line.split()[0] for line in tiny.load_adapter(path).ignored] == [name]
 
 
 # Family 2: XLabs
@@ -344,6 +351,27 @@ def test_alpha_in_settings(
     check(author, tiny, path)
 
 
+# Names at full size
+
+
+def test_every_linear_of_the_published_files_has_its_names() -> None:
+    """19 and 38 blocks of width 3072: kohya's underscores over BFL's names, and diffusers' dotted names."""
+    with torch.device("meta"):
+        names = target_names({"transformer": FlowTransformer(FlowConfig())})
+    for layout, written in (("bfl_transformer", "_"), ("diffusers_transformer", ".")):
+        covered: dict[str, int] = {}
+        for line in (REFERENCE / "keys" / f"{layout}.tsv").read_text().splitlines():
+            key, shape = line.split("\t")
+            rows, *columns = ast.literal_eval(shape)
+            if not key.endswith(".weight") or not columns:
+                continue
+            target = names["transformer", key.removesuffix(".weight").replace(".", written)]
+            assert (target.rows, target.width) == (rows, columns[0])
+            covered[target.module] = covered.get(target.module, 0) + target.rows
+        assert len(covered) == 19 * 10 + 38 * 3 + 10
+        assert all(covered[target.module] == target.stop for (_, name), target in names.items() if name in covered)
+
+
 # Several at once, scales, dtypes
 
 
@@ -406,14 +434,15 @@ def test_one_by_one_convolutions_are_matrices(author: Author, tiny: KontextEngin
 
 
 def test_bias_changes_are_applied(author: Author, tiny: KontextEngine, tmp_path: Path) -> None:
+    """The adapter's own scale counts for a bias as well, alpha does not."""
     author.tensors["diffusion_model.single_blocks.0.linear1.diff_b"] = bias = author.random(336)
-    author.merge_bias("single_blocks.0.linear1", bias)
+    author.merge_bias("single_blocks.0.linear1", 0.5 * bias)
     a, b = author.pair("diffusion_model.single_blocks.1.linear1", (48, 336), "lora_down.weight", "lora_up.weight")
     author.tensors["diffusion_model.single_blocks.1.linear1.alpha"] = torch.tensor(2.0)
     author.tensors["diffusion_model.single_blocks.1.linear1.diff_b"] = bias = author.random(336)
-    author.merge("single_blocks.1.linear1", 2.0 / RANK * b @ a)
-    author.merge_bias("single_blocks.1.linear1", bias)
-    check(author, tiny, author.save(tmp_path / "bias.safetensors"))
+    author.merge("single_blocks.1.linear1", 0.5 * 2.0 / RANK * b @ a)
+    author.merge_bias("single_blocks.1.linear1", 0.5 * bias)
+    check(author, tiny, author.save(tmp_path / "bias.safetensors"), scale=0.5)
 
 
 # Text encoders
