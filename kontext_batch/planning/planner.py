@@ -75,7 +75,7 @@ def plan_recipe(
     delivering = Delivering(recipe, nodes, base, allowed_outputs)
     try:
         wants = delivering.wants(points, limit)
-        needs = _needs(nodes, wants)
+        needs = _needs(nodes, wants, {point: number for number, point in enumerate(points)})
     except AtPoint as error:  # an `if` that has no value somewhere
         raise RecipeError([*making.problems, error.problem]) from None
     count = sum(len(needed) * nodes[name].candidates for name, needed in needs.items())
@@ -102,8 +102,11 @@ def plan_recipe(
     )
 
 
-def _needs(nodes: Nodes, wants: Sequence[Want]) -> Mapping[str, dict[Point, FullPoint]]:
-    """Step -> its instances that an output needs, in plan order (parents first), each with a point that it is at."""
+def _needs(nodes: Nodes, wants: Sequence[Want], order: Mapping[FullPoint, int]) -> Mapping[str, dict[Point, FullPoint]]:
+    """Step -> its instances that an output needs, each with a point that it is at.
+
+    Parents before children, instances in the order of the points.
+    """
     needs: dict[str, dict[Point, FullPoint]] = {name: {} for name in nodes}
     for want in wants:
         _need(nodes[want.step], want.point, needs)
@@ -115,7 +118,7 @@ def _needs(nodes: Nodes, wants: Sequence[Want]) -> Mapping[str, dict[Point, Full
                     chosen = nodes.chosen(use, each)
                     if isinstance(chosen, FromStep):
                         _need(nodes[chosen.step], each, needs)
-    return needs
+    return {name: dict(sorted(needed.items(), key=lambda item: order[item[1]])) for name, needed in needs.items()}
 
 
 def _need(node: Node, point: FullPoint, needs: dict[str, dict[Point, FullPoint]]) -> None:

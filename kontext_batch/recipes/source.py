@@ -78,13 +78,17 @@ class Source:
     """Paths of empty values followed by `#...`: a colour that YAML took for a comment."""
 
     def mark(self, path: Sequence[str | int], *, key: bool = False) -> Mark:
-        """The place of a value (or of its key); of the nearest thing around it when there is no such value."""
+        """The place of a value (or of its key); of the nearest thing around it when there is no such value.
+
+        A value that begins below its key is looked for at the key.
+        """
         at = tuple(path)
         while True:
             if key and at in self.keys:
                 return self.keys[at]
             if at in self.values:
-                return self.values[at]
+                mark = self.values[at]
+                return mark if at not in self.keys or self.keys[at].line == mark.line else self.keys[at]
             if not at:
                 return Mark(1, 1)
             at = at[:-1]

@@ -103,7 +103,7 @@ def test_marks_are_lines_and_columns_from_one() -> None:
     assert source.mark(("steps", "clean", "prompt")) == Mark(3, 13)
     assert source.mark(("steps", "clean", "prompt"), key=True) == Mark(3, 5)
     assert source.mark(("steps", "clean", "list", 1)) == Mark(4, 15)
-    assert source.mark(("steps", "clean", "missing", "deeper")) == Mark(3, 5)
+    assert source.mark(("steps", "clean", "missing", "deeper")) == Mark(2, 3)
     assert source.mark(("nothing",)) == Mark(1, 1)
 
 
