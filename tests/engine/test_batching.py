@@ -208,8 +208,9 @@ def test_a_waiting_row_joins_as_soon_as_another_leaves() -> None:
 
 def test_rows_of_different_shape_take_different_passes() -> None:
     model = constant(0.0)
-    run(Batch(model), [row(tokens=6, steps=1), row(tokens=4, steps=1), row(tokens=6, context=2, steps=1)])
-    assert model.sizes == [1, 1, 1]
+    others = [row(tokens=4, steps=1), row(context=2, steps=1), row(text=5, steps=1)]
+    run(Batch(model), [row(steps=1), *others])
+    assert model.sizes == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
