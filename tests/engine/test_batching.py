@@ -184,6 +184,8 @@ def test_advance_is_one_euler_step() -> None:
 
 def test_latents_stay_fp32_whatever_the_model_answers_in() -> None:
     model = Fake(lambda inputs: torch.ones_like(inputs["img"], dtype=torch.bfloat16))
+    (velocity,) = forward(model, [Place(row())])
+    assert velocity.dtype == torch.float32  # before guidance and the Euler step
     (finished,) = run(Batch(model), [row()])
     assert finished.x.dtype == torch.float32
 
