@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,8 +123,15 @@ def test_new_files_and_folders_get_the_users_mode(store: LocalStore, folder: Pat
 def test_without_hard_links_still_exactly_one_of_sixteen_wins(
     store: LocalStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on exFAT, where `link` answers EPERM."""
+    """As on exFAT, where `link` answers EPERM; the rename is slow, so that all would pass a look before it."""
+    real_rename = os.rename
+
+    def slow_rename(source: str, target: str) -> None:
+        time.sleep(0.01)
+        real_rename(source, target)
+
     monkeypatch.setattr(os, "link", fail_with(errno.EPERM))
+    monkeypatch.setattr(os, "rename", slow_rename)
     uri = file_uri(folder / "a.png")
     start = threading.Barrier(16)
 
