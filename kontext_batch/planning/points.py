@@ -14,6 +14,7 @@ from kontext_batch.recipes.references import nearest
 from kontext_batch.recipes.schema import Channel
 from kontext_batch.recipes.scope import UnknownName
 from kontext_batch.recipes.source import Path
+from kontext_batch.recipes.tables import unknown_column
 
 FullPoint = tuple[Value, ...]
 Test = Callable[[FullPoint], bool]
@@ -60,7 +61,8 @@ class Points:
             point for point in itertools.product(*plain) if not any(test(point) for _, test in excluded)
         ]  # fmt: skip
         points += self._include(set(points), excluded, plain)
-        return [point for point in points if all(test(point) for test in self._only(only))] if only else points
+        tests = self._only(only)
+        return [point for point in points if all(test(point) for test in tests)] if tests else points
 
     # -------------------------------------------------------------------------------------------------- exclude
 
@@ -159,6 +161,11 @@ class Points:
             axis = key.partition(".")[0]
             if axis not in scope.axes:
                 self._selection(key, f"unknown axis '{axis}'{nearest(axis, scope.axes)}")
+                continue
+            columns = next((tuple(value.fields) for value in self.values[axis].values() if value.row is not None), ())
+            column = key.partition(".")[2]
+            if columns and column and column not in columns:
+                self._selection(key, unknown_column(column, columns))
                 continue
             try:
                 tests.append(self.matches(key, wanted, ("matrix",)))
