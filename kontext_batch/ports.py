@@ -40,7 +40,11 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object under `prefix`, in code point order, lazily; hidden and temporary files are left out."""
+        """Every object whose URI starts with `prefix`, in code point order of the paths, lazily.
+
+        A prefix that ends in `/` is a folder. Hidden and unfinished files are left out, and what may not be read.
+        Raises `NotAllowed` at once.
+        """
         ...
 
     def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
@@ -491,15 +495,21 @@ class Repository(Protocol):
         """
         ...
 
-    def forget_artifact(self, sha256: str) -> bool:
-        """Mark it collected (the row stays for the lineage), unless a live step or pending delivery needs it by now."""
+    def forget_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> bool:
+        """Mark it collected (the row stays for the lineage), unless a live step or pending delivery needs it by now.
+
+        `delete` is called with its URI under the lock that keeps others from naming the object meanwhile; a caller
+        who deletes afterwards may delete what somebody has just put anew.
+        """
         ...
 
     def orphaned_uploads(self) -> Sequence[str]:
         """URIs of uploads that no live intent and no artifact names: safe to delete."""
         ...
 
-    def forget_uploads(self, uris: Sequence[str]) -> None: ...
+    def forget_uploads(self, uris: Sequence[str], delete: Callable[[str], None] | None = None) -> None:
+        """Mark them deleted, each unless somebody names its object by now; `delete` as for `forget_artifact`."""
+        ...
 
 
 # --------------------------------------------------------------------------------------------------- computing
@@ -561,6 +571,13 @@ class Operations(Protocol):
     def run(self, operation: str, params: Mapping[str, Any], pictures: Sequence[LoadedPicture]) -> MadePicture:
         """Raises `StepError` when a picture does not decode or the result cannot meet its limits."""
         ...
+
+
+Probe = Callable[[bytes], tuple[str, int, int]]
+"""Format (Pillow's name), width and height after EXIF orientation of a picture file, from its header alone.
+
+Raises `StepError` whose message can stand as `InputRecord.problem`.
+"""
 
 
 class ContentFilter(Protocol):
