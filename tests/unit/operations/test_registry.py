@@ -4,13 +4,13 @@ import pytest
 
 from kontext_batch.errors import StepError
 from kontext_batch.operations.encoding import FORMATS
-from kontext_batch.operations.pictures import BadPicture
+from kontext_batch.operations.pictures import BadPicture, probe
 from kontext_batch.operations.registry import OPERATION_VERSIONS, PillowOperations
 from kontext_batch.planning import params as planning
-from kontext_batch.ports import Operations
+from kontext_batch.ports import Operations, Probe
 from kontext_batch.recipes.schema import EXTENSIONS as RECIPE_EXTENSIONS
 from kontext_batch.storage.keys import EXTENSIONS as KEY_EXTENSIONS
-from tests.unit.operations.making import RED, decoded, loaded, plain
+from tests.unit.operations.making import RED, decoded, encoded, loaded, plain
 
 
 def test_versions_are_those_that_planning_puts_into_keys() -> None:
@@ -40,3 +40,9 @@ def test_operations_run_by_name() -> None:
         operations.run("finish", finish, [loaded(plain((11, 11), RED))])
     with pytest.raises(StepError, match="unknown operation 'sharpen'; known: finish, contact_sheet"):
         operations.run("sharpen", {}, [])
+
+
+def test_probe_is_the_port() -> None:
+    port: Probe = probe
+
+    assert port(encoded(plain((9, 8), RED))) == ("PNG", 9, 8)
