@@ -1,0 +1,327 @@
+"""Leases: claim, heartbeat, release, and the return of what lost workers held.
+
+A token is the fence: it grows with each claim, and whoever writes a result must show the current one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.graph import cancel_unwanted, end_attempts, skip_below
+from kontext_batch.lineage.sql import among, in_state, now, now_plus
+from kontext_batch.planning.states import StepState
+from kontext_batch.ports import Artifact, LeasedStep, ParentOutput, ReconcileReport, SourceInput, WorkerInfo
+
+STEPS = t.steps.c
+IMAGE, LATENTS = "image", "latents"
+
+
+# -------------------------------------------------------------------------------------------------------- workers
+
+
+def register_worker(conn: sa.Connection, worker: WorkerInfo) -> None:
+    values: dict[str, Any] = {
+        "host": worker.host,
+        "pid": worker.pid,
+        "process_started": worker.process_started,
+        "device": worker.device,
+        "engine": dict(worker.engine),
+        "registered": now(),
+        "heartbeat": now(),
+        "retired": None,
+    }
+    if not conn.execute(sa.update(t.workers).where(t.workers.c.id == worker.id).values(values)).rowcount:
+        conn.execute(sa.insert(t.workers).values(id=worker.id, **values))
+
+
+def workers(conn: sa.Connection) -> list[WorkerInfo]:
+    rows = conn.execute(sa.select(t.workers).where(t.workers.c.retired.is_(None)).order_by(t.workers.c.registered))
+    return [WorkerInfo(row.id, row.host, row.pid, row.process_started, row.device, row.engine) for row in rows]
+
+
+def retire_worker(conn: sa.Connection, worker_id: str) -> None:
+    lock_graph(conn, alone=True)
+    held = conn.execute(
+        sa.select(STEPS.id, STEPS.lease_token)
+        .where(in_state(STEPS.state, StepState.LEASED), STEPS.lease_owner == worker_id)
+        .order_by(STEPS.id)
+        .with_for_update(key_share=True)
+    )
+    _release(conn, [(row.id, row.lease_token) for row in held])
+    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(retired=now()))
+
+
+# ---------------------------------------------------------------------------------------------------------- claim
+
+
+def claim(
+    conn: sa.Connection,
+    worker_id: str,
+    *,
+    limit: int,
+    lease_seconds: float,
+    run_id: int | None = None,
+    lanes: Callable[[str], bool] | None = None,
+    prefer: str | None = None,
+) -> list[LeasedStep]:
+    wanted = _claimable(run_id)
+    for lane in _ranked_lanes(conn, wanted, lanes, prefer):
+        chosen = _choose(conn, lane, wanted, limit)
+        if chosen:  # else other workers hold all of that lane at this moment
+            return _lease(conn, worker_id, chosen, lease_seconds)
+    return []
+
+
+def _claimable(run_id: int | None) -> list[sa.ColumnElement[bool]]:
+    """What makes a step claimable now."""
+    conditions = [
+        in_state(STEPS.state, StepState.READY),
+        sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
+    ]
+    if run_id is not None:
+        conditions.append(
+            sa.exists().where(t.run_steps.c.step_id == STEPS.id, t.run_steps.c.run_id == run_id).correlate(t.steps)
+        )
+    return conditions
+
+
+def _ranked_lanes(
+    conn: sa.Connection,
+    wanted: Sequence[sa.ColumnElement[bool]],
+    lanes: Callable[[str], bool] | None,
+    prefer: str | None,
+) -> list[str]:
+    """Lanes with something to claim: by the priority of their best step, the preferred lane first among equals."""
+    ready = in_state(STEPS.state, StepState.READY)
+    # A walk over the first entry of each lane in the index, instead of over every ready step.
+    first = sa.select(sa.func.min(STEPS.lane).label("lane")).where(ready).cte("lanes", recursive=True)
+    following = sa.select(sa.func.min(STEPS.lane)).where(ready, STEPS.lane > first.c.lane).scalar_subquery()
+    walk = first.union_all(sa.select(following).where(first.c.lane.is_not(None)))
+    best = (
+        sa.select(STEPS.id)
+        .where(STEPS.lane == walk.c.lane, *wanted)
+        .order_by(STEPS.priority.desc(), STEPS.id)
+        .limit(1)
+        .correlate(walk)
+        .scalar_subquery()
+    )
+    top = t.steps.alias("top")
+    rows = conn.execute(sa.select(top.c.lane, top.c.priority, top.c.id).select_from(walk).join(top, top.c.id == best))
+    served = [row for row in rows if lanes is None or lanes(row.lane)]
+    return [row.lane for row in sorted(served, key=lambda row: (-row.priority, row.lane != prefer, row.id))]
+
+
+def _choose(conn: sa.Connection, lane: str, wanted: Sequence[sa.ColumnElement[bool]], limit: int) -> list[int]:
+    """The first steps of the lane that may be claimed together."""
+    rows = conn.execute(
+        sa.select(STEPS.id, STEPS.batch_limit)
+        .where(STEPS.lane == lane, *wanted)
+        .order_by(STEPS.priority.desc(), STEPS.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True, key_share=True)
+    ).all()
+    chosen: list[int] = []
+    for row in rows:
+        if row.batch_limit is not None and row.batch_limit <= len(chosen):
+            continue
+        chosen.append(row.id)
+        limit = min(limit, row.batch_limit or limit)
+        if len(chosen) >= limit:
+            break
+    return chosen
+
+
+def _lease(conn: sa.Connection, worker_id: str, chosen: Sequence[int], lease_seconds: float) -> list[LeasedStep]:
+    leased = conn.execute(
+        sa.update(t.steps)
+        .where(among(STEPS.id, chosen))
+        .values(
+            state=StepState.LEASED,
+            lease_owner=worker_id,
+            lease_token=STEPS.lease_token + 1,
+            lease_until=now_plus(lease_seconds),
+            attempts=STEPS.attempts + 1,
+        )
+        .returning(
+            STEPS.id,
+            STEPS.key,
+            STEPS.operation,
+            STEPS.params,
+            STEPS.lane,
+            STEPS.lease_token,
+            STEPS.asked,
+            STEPS.attempts,
+            STEPS.losses,
+        )
+    ).all()
+    conn.execute(
+        sa.insert(t.attempts).values(started=now()),
+        [
+            {
+                "step_id": row.id,
+                "token": row.lease_token,
+                "asked": row.asked,
+                "number": row.attempts,
+                "worker_id": worker_id,
+                "timings": {},
+            }
+            for row in leased
+        ],
+    )
+    parents, sources = _pictures(conn, chosen)
+    found = {
+        row.id: LeasedStep(
+            id=row.id,
+            key=row.key,
+            operation=row.operation,
+            params=row.params,
+            lane=row.lane,
+            token=row.lease_token,
+            attempt=row.attempts,
+            losses=row.losses,
+            parents=tuple(parents.get(row.id, ())),
+            sources=tuple(sources.get(row.id, ())),
+        )
+        for row in leased
+    }
+    return [found[step_id] for step_id in chosen]
+
+
+def _pictures(
+    conn: sa.Connection, step_ids: Sequence[int]
+) -> tuple[dict[int, list[ParentOutput]], dict[int, list[SourceInput]]]:
+    """What each step reads, in one query: outputs of its parents, and its sources."""
+    edges, outputs, artifacts, sources = t.edges.c, t.step_outputs.c, t.artifacts.c, t.step_sources.c
+    made = (
+        sa.select(
+            edges.child.label("step_id"),
+            edges.role.label("role"),
+            edges.position.label("position"),
+            STEPS.key.label("key"),
+            outputs.slot.label("slot"),
+            artifacts.sha256.label("sha256"),
+            artifacts.uri.label("uri"),
+            artifacts.media_type.label("media_type"),
+            artifacts.bytes.label("bytes"),
+            artifacts.width.label("width"),
+            artifacts.height.label("height"),
+        )
+        .join(t.steps, STEPS.id == edges.parent)
+        .join(t.step_outputs, outputs.step_id == edges.parent)
+        .join(t.artifacts, artifacts.sha256 == outputs.sha256)
+        .where(among(edges.child, step_ids))
+    )
+    nothing = sa.literal_column("NULL", sa.Text)
+    zero = sa.literal_column("0", sa.Integer)
+    given = sa.select(
+        sources.step_id,
+        sources.role,
+        sources.position,
+        nothing,
+        nothing,
+        sources.sha256,
+        sources.uri,
+        nothing,
+        zero,
+        zero,
+        zero,
+    ).where(among(sources.step_id, step_ids))
+    parents: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
+    found_sources: dict[int, list[SourceInput]] = {}
+    for row in conn.execute(sa.union_all(made, given).order_by("step_id", "role", "position")):
+        if row.key is None:
+            found_sources.setdefault(row.step_id, []).append(SourceInput(row.role, row.position, row.uri, row.sha256))
+            continue
+        slots = parents.setdefault(row.step_id, {}).setdefault((row.role, row.position), {"key": row.key})
+        slots[row.slot] = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+    found_parents = {
+        step_id: [
+            ParentOutput(role, position, slots["key"], slots[IMAGE], slots.get(LATENTS))
+            for (role, position), slots in by_place.items()
+        ]
+        for step_id, by_place in parents.items()
+    }
+    return found_parents, found_sources
+
+
+def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float) -> int:
+    held = (
+        sa.select(STEPS.id)
+        .where(in_state(STEPS.state, StepState.LEASED), STEPS.lease_owner == worker_id)
+        .order_by(STEPS.id)  # the order in which the commit locks them
+        .with_for_update(key_share=True)
+    )
+    extended = conn.execute(
+        sa.update(t.steps).where(STEPS.id.in_(held)).values(lease_until=now_plus(lease_seconds))
+    ).rowcount
+    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(heartbeat=now()))
+    return extended
+
+
+# --------------------------------------------------------------------------------------------------------- return
+
+
+def release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
+    lock_graph(conn, alone=True)
+    _release(conn, steps)
+
+
+def _release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
+    if not steps:
+        return
+    back = conn.execute(
+        sa.update(t.steps)
+        .where(in_state(STEPS.state, StepState.LEASED), sa.tuple_(STEPS.id, STEPS.lease_token).in_(list(steps)))
+        .values(state=StepState.READY, lease_owner=None, lease_until=None, attempts=STEPS.attempts - 1)
+        .returning(STEPS.id, STEPS.lease_token)
+    ).all()
+    end_attempts(conn, [(row.id, row.lease_token) for row in back], "released", None)
+    cancel_unwanted(conn, [row.id for row in back])
+
+
+def reconcile(conn: sa.Connection, *, gone_workers: Iterable[str], max_losses: int) -> ReconcileReport:
+    gone = list(gone_workers)
+    lock_graph(conn, alone=True)
+    lost = conn.execute(_overdue(gone).order_by(STEPS.id).with_for_update(key_share=True)).all()
+    conn.execute(
+        sa.update(t.workers).where(among(t.workers.c.id, gone), t.workers.c.retired.is_(None)).values(retired=now())
+    )
+    if not lost:
+        return ReconcileReport(returned=0, quarantined=0)
+    poison = [row.id for row in lost if row.losses + 1 >= max_losses]
+    back = [row.id for row in lost if row.losses + 1 < max_losses]
+    free = {"lease_owner": None, "lease_until": None, "losses": STEPS.losses + 1, "batch_limit": 1}
+    conn.execute(sa.update(t.steps).where(among(STEPS.id, back)).values(state=StepState.READY, **free))
+    if poison:
+        said = f"quarantined: {max_losses} workers were lost while they computed it"
+        conn.execute(
+            sa.update(t.steps).where(among(STEPS.id, poison)).values(state=StepState.QUARANTINED, error=said, **free)
+        )
+        skip_below(conn, poison)
+    end_attempts(
+        conn, [(row.id, row.lease_token) for row in lost], "lost", "the worker is gone, or was silent for too long"
+    )
+    cancel_unwanted(conn, back)
+    return ReconcileReport(returned=len(back), quarantined=len(poison))
+
+
+def anything_overdue(conn: sa.Connection, *, gone_workers: Iterable[str]) -> bool:
+    """Whether `reconcile` has something to do; asked first, since it has to wait for other writers."""
+    gone = list(gone_workers)
+    unretired = sa.select(t.workers.c.id).where(among(t.workers.c.id, gone), t.workers.c.retired.is_(None))
+    return (
+        conn.execute(_overdue(gone).limit(1)).first() is not None
+        or conn.execute(unretired.limit(1)).first() is not None
+    )
+
+
+def _overdue(gone: Sequence[str]) -> sa.Select[Any]:
+    return sa.select(STEPS.id, STEPS.lease_token, STEPS.losses).where(
+        in_state(STEPS.state, StepState.LEASED),
+        sa.or_(STEPS.lease_until <= now(), among(STEPS.lease_owner, gone)),
+    )

@@ -1,0 +1,235 @@
+"""Results: intents before the bytes are put, and the one transaction that commits a batch.
+
+Each result is fenced: it counts only while its step is leased under the token that it shows. Whoever shows a stale
+token changes nothing but the outcome of its own attempt, and its uploads become orphans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.graph import cancel_unwanted, free_children, skip_below
+from kontext_batch.lineage.sql import among, in_state, now, now_plus, stored_text
+from kontext_batch.planning.states import StepState
+from kontext_batch.ports import Artifact, BatchRecord, CommitReport, StepDone, StepFailed, StepResult
+
+STEPS, ATTEMPTS, UPLOADS = t.steps.c, t.attempts.c, t.uploads.c
+Pairs = Sequence[tuple[int, int]]
+"""(step id, token)."""
+
+
+def intend_uploads(conn: sa.Connection, uploads: Sequence[tuple[str, int, int]]) -> None:
+    """Of a lease that has moved on, the upload is an orphan from the start."""
+    if not uploads:
+        return
+    lock_graph(conn, alone=False)
+    held = _held(conn, {step_id for _, step_id, _ in uploads})
+    conn.execute(
+        sa.insert(t.uploads).values(created=now()),
+        [
+            {
+                "uri": uri,
+                "step_id": step_id,
+                "token": token,
+                "state": "intent" if held.get(step_id) == token else "orphaned",
+            }
+            for uri, step_id, token in uploads
+        ],
+    )
+
+
+def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[StepResult]) -> CommitReport:
+    if not results:
+        return CommitReport(committed=(), fenced=(), woken={})
+    lock_graph(conn, alone=False)
+    held = _held(conn, {result.step_id for result in results})
+    valid = [result for result in results if held.get(result.step_id) == result.token]
+    stale = [(result.step_id, result.token) for result in results if held.get(result.step_id) != result.token]
+    done = [result for result in valid if isinstance(result, StepDone)]
+    failed = [result for result in valid if isinstance(result, StepFailed)]
+
+    batch_id = _record_batch(conn, batch) if batch is not None and valid else None
+    woken: Mapping[str, int] = {}
+    if done:
+        _finish(conn, done, batch_id)
+        step_ids = [result.step_id for result in done]
+        woken = free_children(conn, step_ids)
+        conn.execute(
+            sa.update(t.deliveries)
+            .where(among(t.deliveries.c.step_id, step_ids), t.deliveries.c.state == "waiting")
+            .values(state="pending")
+        )
+    if failed:
+        _fail(conn, failed, batch_id)
+    _settle_uploads(conn, done, [(result.step_id, result.token) for result in failed])
+    earlier = _fence(conn, stale) if stale else set()
+    return CommitReport(
+        committed=tuple(
+            result.step_id
+            for result in results
+            if held.get(result.step_id) == result.token or (result.step_id, result.token) in earlier
+        ),
+        fenced=tuple(step_id for step_id, token in stale if (step_id, token) not in earlier),
+        woken=woken,
+    )
+
+
+def _held(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, int]:
+    """Step id -> token, of those that are leased; locked until the end of the transaction."""
+    rows = conn.execute(
+        sa.select(STEPS.id, STEPS.lease_token)
+        .where(among(STEPS.id, sorted(step_ids)), in_state(STEPS.state, StepState.LEASED))
+        .order_by(STEPS.id)
+        .with_for_update(key_share=True)
+    )
+    return {row.id: row.lease_token for row in rows}
+
+
+def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:
+    """All its members, those with a stale token too: how a batch was composed explains its pixels."""
+    values = {
+        "worker_id": batch.worker_id,
+        "lane": batch.lane,
+        "device": batch.device,
+        "model_sha256": batch.model_sha256,
+        "numeric_mode": batch.numeric_mode,
+        "libraries": dict(batch.libraries),
+        "committed": now(),
+    }
+    batch_id = int(conn.execute(sa.insert(t.batches).values(values).returning(t.batches.c.id)).scalar_one())
+    members = {each.step_id: each for each in batch.members}
+    if members:
+        conn.execute(
+            sa.insert(t.batch_members),
+            [
+                {"batch_id": batch_id, "step_id": each.step_id, "joined": each.joined, "left": each.left}
+                for each in members.values()
+            ],
+        )
+    return batch_id
+
+
+def _finish(conn: sa.Connection, done: Sequence[StepDone], batch_id: int | None) -> None:
+    """Steps done, with their artifacts, outputs and attempts."""
+    step_ids = [result.step_id for result in done]
+    conn.execute(
+        sa.update(t.steps)
+        .where(among(STEPS.id, step_ids))
+        .values(state=StepState.DONE, lease_owner=None, lease_until=None, not_before=None, error=None)
+    )
+    artifacts = {output.artifact.sha256: output.artifact for result in done for output in result.outputs}
+    if artifacts:
+        _keep(conn, [artifacts[sha256] for sha256 in sorted(artifacts)])
+        conn.execute(
+            sa.insert(t.step_outputs),
+            [
+                {"step_id": result.step_id, "slot": output.slot, "sha256": output.artifact.sha256}
+                for result in done
+                for output in result.outputs
+            ],
+        )
+    timings = sa.case(
+        {result.step_id: sa.literal(dict(result.timings), sa.JSON) for result in done}, value=ATTEMPTS.step_id
+    )
+    conn.execute(
+        sa.update(t.attempts)
+        .where(_pair_in(ATTEMPTS.step_id, ATTEMPTS.token, [(result.step_id, result.token) for result in done]))
+        .values(outcome="ok", ended=now(), batch_id=batch_id, timings=timings)
+    )
+
+
+def _keep(conn: sa.Connection, artifacts: Sequence[Artifact]) -> None:
+    """Artifacts are there (again): one that was collected has its bytes back."""
+    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.artifacts)
+    conn.execute(
+        insert.values(created=now()).on_conflict_do_update(
+            index_elements=["sha256"], set_={"collected_at": None, "uri": insert.excluded.uri}
+        ),
+        [
+            {
+                "sha256": each.sha256,
+                "uri": each.uri,
+                "media_type": each.media_type,
+                "bytes": each.bytes,
+                "width": each.width,
+                "height": each.height,
+            }
+            for each in artifacts
+        ],
+    )
+
+
+def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | None) -> None:
+    """Infrastructure faults go back to ready for later; the step's own are final, and what reads it is skipped."""
+    for result in failed:
+        final = result.retry_in is None
+        error = stored_text(result.error)
+        conn.execute(
+            sa.update(t.steps)
+            .where(STEPS.id == result.step_id)
+            .values(
+                state=StepState.FAILED if final else StepState.READY,
+                not_before=None if result.retry_in is None else now_plus(result.retry_in),
+                lease_owner=None,
+                lease_until=None,
+                error=error,
+            )
+        )
+        conn.execute(
+            sa.update(t.attempts)
+            .where(ATTEMPTS.step_id == result.step_id, ATTEMPTS.token == result.token)
+            .values(
+                outcome="error" if final else "retry",
+                ended=now(),
+                batch_id=batch_id,
+                error=error,
+                error_class=result.error_class,
+                timings=dict(result.timings),
+            )
+        )
+    skip_below(conn, [result.step_id for result in failed if result.retry_in is None])
+    cancel_unwanted(conn, [result.step_id for result in failed if result.retry_in is not None])
+
+
+def _settle_uploads(conn: sa.Connection, done: Sequence[StepDone], failed: Pairs) -> None:
+    """Of a done step the uploads of its outputs are committed; everything else that was announced is an orphan."""
+    kept = sorted({output.artifact.uri for result in done for output in result.outputs})
+    finished = [result.step_id for result in done]
+    pairs = [(result.step_id, result.token) for result in done] + list(failed)
+    if pairs:
+        committed = sa.and_(among(UPLOADS.uri, kept), among(UPLOADS.step_id, finished))
+        conn.execute(
+            sa.update(t.uploads)
+            .where(_pair_in(UPLOADS.step_id, UPLOADS.token, pairs))
+            .values(state=sa.case((committed, "committed"), else_="orphaned"))
+        )
+
+
+def _fence(conn: sa.Connection, stale: Pairs) -> set[tuple[int, int]]:
+    """Drop results whose token is stale; returns those that an earlier call has committed under this very token.
+
+    That happens when the connection broke after the database had committed and before it could say so.
+    """
+    mine = _pair_in(ATTEMPTS.step_id, ATTEMPTS.token, stale)
+    rows = conn.execute(sa.select(ATTEMPTS.step_id, ATTEMPTS.token, ATTEMPTS.outcome).where(mine))
+    earlier = {(row.step_id, row.token) for row in rows if row.outcome in ("ok", "error", "retry")}
+    fenced = [pair for pair in stale if pair not in earlier]
+    if fenced:
+        conn.execute(
+            sa.update(t.attempts)
+            .where(_pair_in(ATTEMPTS.step_id, ATTEMPTS.token, fenced))
+            .values(outcome="fenced", ended=sa.func.coalesce(ATTEMPTS.ended, now()))
+        )
+        conn.execute(
+            sa.update(t.uploads).where(_pair_in(UPLOADS.step_id, UPLOADS.token, fenced)).values(state="orphaned")
+        )
+    return earlier
+
+
+def _pair_in(step_id: sa.ColumnElement[int], token: sa.ColumnElement[int], pairs: Pairs) -> sa.ColumnElement[bool]:
+    return sa.tuple_(step_id, token).in_(list(pairs))

@@ -1,0 +1,73 @@
+"""What is to be brought where the recipe wants it."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.sql import now, stored_text
+from kontext_batch.planning.states import RunState
+from kontext_batch.ports import Artifact, PendingDelivery
+
+DELIVERIES = t.deliveries.c
+
+
+def pending_deliveries(conn: sa.Connection, run_id: int | None = None, *, limit: int) -> list[PendingDelivery]:
+    """Of running runs: what a cancelled or finished run left behind is delivered when that run is retried."""
+    artifacts = t.artifacts.c
+    query = (
+        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, *_columns())
+        .join(t.runs, t.runs.c.id == DELIVERIES.run_id)
+        .join(t.step_outputs, t.step_outputs.c.step_id == DELIVERIES.step_id)
+        .join(t.artifacts, artifacts.sha256 == t.step_outputs.c.sha256)
+        .where(t.runs.c.state == RunState.RUNNING, DELIVERIES.state == "pending", t.step_outputs.c.slot == "image")
+        .order_by(DELIVERIES.id)
+        .limit(limit)
+    )
+    if run_id is not None:
+        query = query.where(DELIVERIES.run_id == run_id)
+    return [
+        PendingDelivery(
+            row.id,
+            row.run_id,
+            row.path,
+            row.if_exists,
+            Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height),
+        )
+        for row in conn.execute(query)
+    ]
+
+
+def record_delivery(conn: sa.Connection, delivery_id: int, *, path: str, version: int, skipped: bool) -> None:
+    outputs = t.step_outputs.c
+    sha256 = sa.select(outputs.sha256).where(outputs.step_id == DELIVERIES.step_id, outputs.slot == "image")
+    conn.execute(
+        sa.update(t.deliveries)
+        .where(DELIVERIES.id == delivery_id)
+        .values(
+            state="skipped" if skipped else "delivered",
+            sha256=sha256.scalar_subquery(),
+            delivered_path=path,
+            version=version,
+            delivered=now(),
+            error=None,
+        )
+    )
+
+
+def fail_delivery(conn: sa.Connection, delivery_id: int, error: str) -> None:
+    conn.execute(
+        sa.update(t.deliveries).where(DELIVERIES.id == delivery_id).values(state="failed", error=stored_text(error))
+    )
+
+
+def _columns() -> list[sa.Column[object]]:
+    artifacts = t.artifacts.c
+    return [
+        artifacts.sha256,
+        artifacts.uri,
+        artifacts.media_type,
+        artifacts.bytes,
+        artifacts.width,
+        artifacts.height,
+    ]

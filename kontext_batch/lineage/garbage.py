@@ -1,0 +1,116 @@
+"""What may be removed: artifacts that can be computed again, and uploads that came to nothing.
+
+Keys are content hashes, so an orphan's object may be somebody's artifact, or be announced by somebody right now. An
+object is therefore deleted inside the transaction that has made sure of the contrary and that keeps all others who
+would name it waiting: `delete` below is called there. Should the process die in between, the object may be gone while
+the database names it as garbage still; the next collection deletes it once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.sql import in_state, now
+from kontext_batch.planning.states import LIVE, RunState
+from kontext_batch.ports import Artifact
+
+ARTIFACTS, OUTPUTS, UPLOADS = t.artifacts.c, t.step_outputs.c, t.uploads.c
+Delete = Callable[[str], None]
+
+
+def artifact_uris(conn: sa.Connection) -> list[str]:
+    return list(conn.scalars(sa.select(ARTIFACTS.uri).where(ARTIFACTS.collected_at.is_(None)).order_by(ARTIFACTS.uri)))
+
+
+def collectable(conn: sa.Connection, *, keep_bytes: int) -> list[Artifact]:
+    kept = ARTIFACTS.collected_at.is_(None)
+    total = int(conn.scalar(sa.select(sa.func.coalesce(sa.func.sum(ARTIFACTS.bytes), 0)).where(kept)) or 0)
+    if total <= keep_bytes:
+        return []
+    last_wanted = (
+        sa.select(sa.func.max(t.runs.c.created))
+        .join(t.run_steps, t.run_steps.c.run_id == t.runs.c.id)
+        .join(t.step_outputs, OUTPUTS.step_id == t.run_steps.c.step_id)
+        .where(OUTPUTS.sha256 == ARTIFACTS.sha256)
+        .correlate(t.artifacts)
+        .scalar_subquery()
+    )
+    rows = conn.execute(
+        sa.select(t.artifacts)
+        .where(kept, sa.not_(_read_later()), sa.not_(_delivered_later()))
+        .order_by(sa.func.coalesce(last_wanted, ARTIFACTS.created), ARTIFACTS.created, ARTIFACTS.sha256)
+    )
+    chosen = []
+    for row in rows:
+        if total <= keep_bytes:
+            break
+        chosen.append(Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height))
+        total -= row.bytes
+    return chosen
+
+
+def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> bool:
+    lock_graph(conn, alone=True)
+    uri = conn.scalar(
+        sa.update(t.artifacts)
+        .where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
+        .where(sa.not_(_read_later()), sa.not_(_delivered_later()))
+        .values(collected_at=now())
+        .returning(ARTIFACTS.uri)
+    )
+    if uri is None:
+        return False
+    conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state != "intent").values(state="orphaned"))
+    if delete is not None and not conn.scalar(sa.select(_announced(uri))):
+        delete(uri)
+    return True
+
+
+def orphaned_uploads(conn: sa.Connection) -> list[str]:
+    orphans = sa.select(UPLOADS.uri).where(UPLOADS.state == "orphaned").distinct()
+    named = sa.select(ARTIFACTS.uri).where(ARTIFACTS.collected_at.is_(None))
+    announced = sa.select(UPLOADS.uri).where(UPLOADS.state == "intent")
+    free = orphans.where(UPLOADS.uri.not_in(named), UPLOADS.uri.not_in(announced))
+    return list(conn.scalars(free.order_by(UPLOADS.uri)))
+
+
+def forget_upload(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
+    """False when somebody names the object by now."""
+    lock_graph(conn, alone=True)
+    named = sa.exists().where(ARTIFACTS.uri == uri, ARTIFACTS.collected_at.is_(None))
+    if conn.scalar(sa.select(sa.or_(named, _announced(uri)))):
+        return False
+    if delete is not None:
+        delete(uri)
+    conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state == "orphaned").values(state="deleted"))
+    return True
+
+
+def _read_later() -> sa.ColumnElement[bool]:
+    """A live step will read the artifact."""
+    child = t.steps.alias("child")
+    return (
+        sa.exists()
+        .where(OUTPUTS.sha256 == ARTIFACTS.sha256, t.edges.c.parent == OUTPUTS.step_id)
+        .where(child.c.id == t.edges.c.child, in_state(child.c.state, *LIVE))
+        .correlate(t.artifacts)
+    )
+
+
+def _delivered_later() -> sa.ColumnElement[bool]:
+    """A delivery of a running run needs the artifact."""
+    deliveries = t.deliveries.c
+    return (
+        sa.exists()
+        .where(OUTPUTS.sha256 == ARTIFACTS.sha256, deliveries.step_id == OUTPUTS.step_id)
+        .where(deliveries.state == "pending", t.runs.c.id == deliveries.run_id, t.runs.c.state == RunState.RUNNING)
+        .correlate(t.artifacts)
+    )
+
+
+def _announced(uri: str) -> sa.ColumnElement[bool]:
+    return sa.exists().where(UPLOADS.uri == uri, UPLOADS.state == "intent")

@@ -1,0 +1,154 @@
+"""Moves of many steps at once along the graph: free, skip, put back, cancel.
+
+Each keeps what `verify` checks: a blocked step's `deps_left` is the number of its distinct parents that are not done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import sqlalchemy as sa
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.sql import among, in_state, now
+from kontext_batch.planning.states import LIVE, RunState, StepState
+
+STEPS = t.steps.c
+
+
+def free_children(conn: sa.Connection, done: Sequence[int]) -> dict[str, int]:
+    """Count `done` steps off their blocked children; returns lane -> number of those that became ready."""
+    waiting = (
+        sa.select(t.edges.c.child, sa.func.count(t.edges.c.parent.distinct()).label("freed"))
+        .where(among(t.edges.c.parent, done))
+        .group_by(t.edges.c.child)
+        .subquery("waiting")
+    )
+    left = STEPS.deps_left - waiting.c.freed
+    update = (
+        sa.update(t.steps)
+        .where(STEPS.id == waiting.c.child, in_state(STEPS.state, StepState.BLOCKED))
+        .values(deps_left=left, state=sa.case((left == 0, StepState.READY.value), else_=StepState.BLOCKED.value))
+        .returning(STEPS.lane, STEPS.state)
+    )
+    if conn.dialect.name == "postgresql":  # commits that share children lock them in one order
+        locked = (
+            sa.select(STEPS.id)
+            .where(STEPS.id.in_(sa.select(t.edges.c.child).where(among(t.edges.c.parent, done))))
+            .order_by(STEPS.id)
+            .with_for_update(key_share=True)
+            .cte("locked")
+        )
+        update = update.where(STEPS.id == locked.c.id)
+    woken: dict[str, int] = {}
+    for row in conn.execute(update):
+        if row.state == StepState.READY:
+            woken[row.lane] = woken.get(row.lane, 0) + 1
+    return woken
+
+
+def skip_below(conn: sa.Connection, unsuccessful: Sequence[int]) -> int:
+    """Skip every blocked step that reads, directly or not, one of these; returns how many."""
+    if not unsuccessful:
+        return 0
+    below = sa.select(t.edges.c.child).where(among(t.edges.c.parent, unsuccessful)).cte("below", recursive=True)
+    below = below.union(sa.select(t.edges.c.child).join(below, t.edges.c.parent == below.c.child))
+    return conn.execute(
+        sa.update(t.steps)
+        .where(STEPS.id.in_(sa.select(below.c.child)), in_state(STEPS.state, StepState.BLOCKED))
+        .values(state=StepState.SKIPPED)
+    ).rowcount
+
+
+def collected(conn: sa.Connection, step_ids: Sequence[int]) -> set[int]:
+    """Those of `step_ids`, done steps, that have an output whose bytes were removed."""
+    outputs, artifacts = t.step_outputs, t.artifacts
+    query = (
+        sa.select(outputs.c.step_id)
+        .join(artifacts, artifacts.c.sha256 == outputs.c.sha256)
+        .where(among(outputs.c.step_id, step_ids), artifacts.c.collected_at.is_not(None))
+    )
+    return set(conn.scalars(query))
+
+
+def put_back(conn: sa.Connection, waits: Mapping[int, int]) -> None:
+    """Ask anew for steps in a final state: id -> parents to wait for. What they made before is no longer their output.
+
+    The artifact, the attempts and what was delivered stay for the lineage.
+    """
+    if not waits:
+        return
+    conn.execute(sa.delete(t.step_outputs).where(among(t.step_outputs.c.step_id, waits)))
+    conn.execute(
+        sa.update(t.deliveries)
+        .where(among(t.deliveries.c.step_id, waits), t.deliveries.c.state == "pending")
+        .values(state="waiting")
+    )
+    by_count: dict[int, list[int]] = {}
+    for step_id, count in waits.items():
+        by_count.setdefault(count, []).append(step_id)
+    for count, step_ids in by_count.items():
+        conn.execute(
+            sa.update(t.steps)
+            .where(among(STEPS.id, step_ids), sa.not_(in_state(STEPS.state, *LIVE)))
+            .values(
+                state=StepState.BLOCKED if count else StepState.READY,
+                deps_left=count,
+                asked=STEPS.asked + 1,
+                attempts=0,
+                losses=0,
+                batch_limit=None,
+                not_before=None,
+                error=None,
+            )
+        )
+
+
+def raise_priorities(conn: sa.Connection, step_ids: Sequence[int]) -> None:
+    """Give live steps the highest priority of the running runs that want them."""
+    if not step_ids:
+        return
+    wanted = (
+        sa.select(sa.func.max(t.runs.c.priority))
+        .join(t.run_steps, t.run_steps.c.run_id == t.runs.c.id)
+        .where(t.run_steps.c.step_id == STEPS.id, t.runs.c.state == RunState.RUNNING)
+        .scalar_subquery()
+    )
+    conn.execute(
+        sa.update(t.steps)
+        .where(among(STEPS.id, step_ids), in_state(STEPS.state, *LIVE), STEPS.priority != wanted)
+        .values(priority=wanted)
+    )
+
+
+def cancel_unwanted(conn: sa.Connection, step_ids: Sequence[int]) -> int:
+    """Cancel those of `step_ids` that are blocked or ready while no running run wants them; returns how many."""
+    if not step_ids:
+        return 0
+    wanted = (
+        sa.exists()
+        .where(t.run_steps.c.step_id == STEPS.id, t.runs.c.id == t.run_steps.c.run_id)
+        .where(t.runs.c.state == RunState.RUNNING)
+        .correlate(t.steps)
+    )
+    return conn.execute(
+        sa.update(t.steps)
+        .where(among(STEPS.id, step_ids), in_state(STEPS.state, StepState.BLOCKED, StepState.READY), sa.not_(wanted))
+        .values(state=StepState.CANCELLED)
+    ).rowcount
+
+
+def end_attempts(conn: sa.Connection, pairs: Sequence[tuple[int, int]], outcome: str, error: str | None) -> None:
+    """Close attempts that came to nothing; what they were about to upload is nobody's."""
+    if not pairs:
+        return
+    conn.execute(
+        sa.update(t.attempts)
+        .where(sa.tuple_(t.attempts.c.step_id, t.attempts.c.token).in_(list(pairs)), t.attempts.c.outcome.is_(None))
+        .values(outcome=outcome, error=error, ended=now())
+    )
+    conn.execute(
+        sa.update(t.uploads)
+        .where(sa.tuple_(t.uploads.c.step_id, t.uploads.c.token).in_(list(pairs)), t.uploads.c.state == "intent")
+        .values(state="orphaned")
+    )

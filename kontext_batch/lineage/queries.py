@@ -1,0 +1,307 @@
+"""Questions to the database: what the planner wants to know, and what people ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.sql import among, now, seconds_between
+from kontext_batch.lineage.submit import known_steps
+from kontext_batch.planning.plan import Axes
+from kontext_batch.planning.states import StepState
+from kontext_batch.ports import (
+    Artifact,
+    AttemptRow,
+    InputRecord,
+    ModelRow,
+    SourceInput,
+    StepRow,
+    StoredInstance,
+)
+
+STEPS, RUN_STEPS, EDGES, SOURCES = t.steps.c, t.run_steps.c, t.edges.c, t.step_sources.c
+RECENT_BATCHES = 20
+"""Of each lane, for its mean time."""
+
+# ------------------------------------------------------------------------------------------------------- planning
+
+
+def step_states(conn: sa.Connection, keys: Iterable[str]) -> dict[str, StepState]:
+    found = known_steps(conn, keys)
+    return {key: step.state for key, step in found.items() if step.kept or step.state is not StepState.DONE}
+
+
+def latest_instances(conn: sa.Connection, recipe: str) -> dict[tuple[str, Axes, int], StoredInstance]:
+    latest = (
+        sa.select(
+            sa.func.max(RUN_STEPS.run_id).label("run_id"),
+            RUN_STEPS.node,
+            RUN_STEPS.axes,
+            RUN_STEPS.candidate,
+        )
+        .join(t.runs, t.runs.c.id == RUN_STEPS.run_id)
+        .where(t.runs.c.recipe == recipe)
+        .group_by(RUN_STEPS.node, RUN_STEPS.axes, RUN_STEPS.candidate)
+        .subquery("latest")
+    )
+    same = sa.and_(
+        RUN_STEPS.run_id == latest.c.run_id,
+        RUN_STEPS.node == latest.c.node,
+        RUN_STEPS.axes == latest.c.axes,
+        RUN_STEPS.candidate == latest.c.candidate,
+    )
+    rows = conn.execute(
+        sa.select(t.run_steps, STEPS.key, STEPS.operation, STEPS.params, STEPS.state)
+        .join(latest, same)
+        .join(t.steps, STEPS.id == RUN_STEPS.step_id)
+        .order_by(RUN_STEPS.run_id, RUN_STEPS.ordinal)
+    ).all()
+    inputs = _inputs_of(conn, {row.step_id for row in rows})
+    return {
+        (row.node, row.axes, row.candidate): StoredInstance(
+            node=row.node,
+            axes=row.axes,
+            candidate=row.candidate,
+            take=row.take,
+            key=row.key,
+            operation=row.operation,
+            params=row.params,
+            inputs=tuple(inputs.get(row.step_id, ())),
+            state=StepState(row.state),
+        )
+        for row in rows
+    }
+
+
+def _inputs_of(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[tuple[str, int, str, str]]]:
+    ids = sorted(step_ids)
+    found: dict[int, list[tuple[str, int, str, str]]] = {}
+    for row in conn.execute(sa.select(t.step_sources).where(among(SOURCES.step_id, ids))):
+        found.setdefault(row.step_id, []).append((row.role, row.position, row.uri, row.sha256))
+    read = sa.select(EDGES.child, EDGES.role, EDGES.position, STEPS.key).join(t.steps, STEPS.id == EDGES.parent)
+    for row in conn.execute(read.where(among(EDGES.child, ids))):
+        found.setdefault(row.child, []).append((row.role, row.position, "", row.key))
+    for inputs in found.values():
+        inputs.sort()
+    return found
+
+
+def lane_seconds(conn: sa.Connection) -> dict[str, float]:
+    """A batch of n takes as long as it takes; each of its steps took an n-th of that."""
+    batches, attempts = t.batches.c, t.attempts.c
+    ranked = sa.select(
+        batches.id,
+        batches.lane,
+        sa.func.row_number().over(partition_by=batches.lane, order_by=batches.id.desc()).label("age"),
+    ).subquery("ranked")
+    each = (
+        sa.select(
+            ranked.c.lane,
+            sa.func.count().label("steps"),
+            sa.func.max(seconds_between(attempts.started, attempts.ended)).label("seconds"),
+        )
+        .join(t.attempts, attempts.batch_id == ranked.c.id)
+        .where(ranked.c.age <= RECENT_BATCHES, attempts.outcome == "ok")
+        .group_by(ranked.c.lane, ranked.c.id)
+        .subquery("each")
+    )
+    means = sa.select(each.c.lane, (sa.func.sum(each.c.seconds) / sa.func.sum(each.c.steps)).label("mean"))
+    return {row.lane: float(row.mean) for row in conn.execute(means.group_by(each.c.lane))}
+
+
+def inputs(conn: sa.Connection, uris: Iterable[str]) -> dict[str, InputRecord]:
+    rows = conn.execute(sa.select(t.inputs).where(among(t.inputs.c.uri, uris)))
+    return {
+        row.uri: InputRecord(row.uri, row.etag, row.sha256, row.bytes, row.width, row.height, row.format, row.problem)
+        for row in rows
+    }
+
+
+def remember_inputs(conn: sa.Connection, records: Sequence[InputRecord]) -> None:
+    _upsert(
+        conn,
+        t.inputs,
+        ["uri"],
+        [
+            {
+                "uri": each.uri,
+                "etag": each.etag,
+                "sha256": each.sha256,
+                "bytes": each.bytes,
+                "width": each.width,
+                "height": each.height,
+                "format": each.format,
+                "problem": each.problem,
+            }
+            for each in sorted({each.uri: each for each in records}.values(), key=lambda each: each.uri)
+        ],
+        seen=now(),
+    )
+
+
+def remember_models(conn: sa.Connection, rows: Sequence[ModelRow]) -> None:
+    _upsert(
+        conn,
+        t.models,
+        ["sha256", "name"],
+        [
+            {"sha256": each.sha256, "name": each.name, "layout": each.layout, "licence": each.licence}
+            for each in sorted(rows, key=lambda each: (each.sha256, each.name))
+        ],
+    )
+
+
+def models(conn: sa.Connection) -> list[ModelRow]:
+    rows = conn.execute(sa.select(t.models).order_by(t.models.c.name, t.models.c.sha256))
+    return [ModelRow(row.name, row.layout, row.sha256, row.licence) for row in rows]
+
+
+def _upsert(
+    conn: sa.Connection, table: sa.Table, by: Sequence[str], rows: Sequence[Mapping[str, Any]], **values: Any
+) -> None:
+    """Insert or replace; locked in the order of `rows`."""
+    if not rows:
+        return
+    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(table)
+    replaced = {name: insert.excluded[name] for name in [*rows[0], *values] if name not in by}
+    statement = insert.values(**values) if values else insert
+    conn.execute(statement.on_conflict_do_update(index_elements=list(by), set_=replaced), list(rows))
+
+
+# ------------------------------------------------------------------------------------------------------ questions
+
+
+def run_steps(conn: sa.Connection, run_id: int, *, states: Iterable[StepState] | None = None) -> list[StepRow]:
+    query = _step_rows().where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal)
+    if states is not None:
+        query = query.where(among(STEPS.state, [state.value for state in states]))
+    return [_step_row(row) for row in conn.execute(query)]
+
+
+def steps_by_id(conn: sa.Connection, ids: Iterable[int]) -> list[StepRow]:
+    return _newest(conn, _step_rows().where(among(STEPS.id, ids)))
+
+
+def find_steps(conn: sa.Connection, text: str, *, run_id: int | None = None) -> list[StepRow]:
+    text = text.strip()
+    if not text:
+        return []
+    deliveries, outputs = t.deliveries.c, t.step_outputs.c
+    at_path = sa.or_(
+        *(
+            sa.or_(column == text, column.endswith("/" + text.lstrip("/"), autoescape=True))
+            for column in (deliveries.path, deliveries.delivered_path)
+        )
+    )
+    delivered = (
+        sa.exists()
+        .where(deliveries.run_id == RUN_STEPS.run_id, deliveries.ordinal == RUN_STEPS.ordinal)
+        .where(sa.or_(at_path, deliveries.sha256.startswith(text, autoescape=True)))
+        .correlate(t.run_steps)
+    )
+    made = (
+        sa.exists()
+        .where(outputs.step_id == RUN_STEPS.step_id, outputs.sha256.startswith(text, autoescape=True))
+        .correlate(t.run_steps)
+    )
+    query = _step_rows().where(
+        sa.or_(
+            STEPS.key.startswith(text, autoescape=True),
+            STEPS.key.startswith(f"b2:{text}", autoescape=True),
+            RUN_STEPS.node == text,
+            delivered,
+            made,
+        )
+    )
+    if run_id is not None:
+        rows = conn.execute(query.where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal))
+        return [_step_row(row) for row in rows]
+    return _newest(conn, query)
+
+
+def _newest(conn: sa.Connection, query: sa.Select[Any]) -> list[StepRow]:
+    """Each step once, as the newest of the runs found has it, in order of step ids."""
+    found: dict[int, StepRow] = {}
+    for row in conn.execute(query.order_by(STEPS.id, RUN_STEPS.run_id.desc(), RUN_STEPS.ordinal)):
+        if row.id not in found:
+            found[row.id] = _step_row(row)
+    return list(found.values())
+
+
+def _step_rows() -> sa.Select[Any]:
+    """Instances with their steps and pictures; a picture that was collected is still told."""
+    outputs, artifacts = t.step_outputs.c, t.artifacts.c
+    return (
+        sa.select(
+            STEPS.id,
+            STEPS.key,
+            RUN_STEPS.node,
+            RUN_STEPS.axes,
+            RUN_STEPS.candidate,
+            STEPS.operation,
+            STEPS.lane,
+            STEPS.state,
+            STEPS.attempts,
+            STEPS.losses,
+            STEPS.error,
+            STEPS.params,
+            artifacts.sha256,
+            artifacts.uri,
+            artifacts.media_type,
+            artifacts.bytes,
+            artifacts.width,
+            artifacts.height,
+        )
+        .select_from(t.run_steps)
+        .join(t.steps, STEPS.id == RUN_STEPS.step_id)
+        .outerjoin(t.step_outputs, sa.and_(outputs.step_id == STEPS.id, outputs.slot == "image"))
+        .outerjoin(t.artifacts, artifacts.sha256 == outputs.sha256)
+    )
+
+
+def _step_row(row: sa.Row[Any]) -> StepRow:
+    artifact = None
+    if row.sha256 is not None:
+        artifact = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+    return StepRow(
+        id=row.id,
+        key=row.key,
+        node=row.node,
+        axes=row.axes,
+        candidate=row.candidate,
+        operation=row.operation,
+        lane=row.lane,
+        state=StepState(row.state),
+        attempts=row.attempts,
+        losses=row.losses,
+        error=row.error,
+        params=row.params,
+        artifact=artifact,
+    )
+
+
+def attempts(conn: sa.Connection, step_id: int) -> list[AttemptRow]:
+    columns = t.attempts.c
+    rows = conn.execute(sa.select(t.attempts).where(columns.step_id == step_id).order_by(columns.token))
+    return [
+        AttemptRow(row.number, row.worker_id, row.batch_id, row.started, row.ended, row.outcome, row.error, row.timings)
+        for row in rows
+    ]
+
+
+def ancestors(conn: sa.Connection, step_id: int) -> list[tuple[int, int, str]]:
+    above = sa.select(EDGES.child, EDGES.parent, EDGES.role).where(EDGES.child == step_id)
+    walk = above.cte("above", recursive=True)
+    walk = walk.union(sa.select(EDGES.child, EDGES.parent, EDGES.role).join(walk, EDGES.child == walk.c.parent))
+    query = sa.select(walk.c.child, walk.c.parent, walk.c.role)
+    rows = conn.execute(query.order_by(walk.c.child.desc(), walk.c.parent, walk.c.role))
+    return [(row.child, row.parent, row.role) for row in rows]
+
+
+def step_sources(conn: sa.Connection, step_id: int) -> list[SourceInput]:
+    query = sa.select(t.step_sources).where(SOURCES.step_id == step_id).order_by(SOURCES.role, SOURCES.position)
+    return [SourceInput(row.role, row.position, row.uri, row.sha256) for row in conn.execute(query)]

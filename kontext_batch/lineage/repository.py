@@ -1,0 +1,182 @@
+"""`ports.Repository` over a database: each method is one transaction of the function that bears its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from kontext_batch.lineage import claim, commit, deliveries, garbage, queries, runs, submit
+from kontext_batch.lineage.engine import Transactions, open_database
+from kontext_batch.planning.plan import Axes, Plan
+from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.ports import (
+    Artifact,
+    AttemptRow,
+    BatchRecord,
+    CommitReport,
+    InputRecord,
+    LeasedStep,
+    ModelRow,
+    NewRun,
+    PendingDelivery,
+    ReconcileReport,
+    RunSummary,
+    SourceInput,
+    StepResult,
+    StepRow,
+    StoredInstance,
+    WorkerInfo,
+)
+
+
+class SqlRepository:
+    """Implements `ports.Repository`. Threads may share it; a forked process makes its own. Close it at the end."""
+
+    def __init__(self, url: str) -> None:
+        self._db = Transactions(open_database(url))
+
+    def close(self) -> None:
+        self._db.dispose()
+
+    # ---- planning
+
+    def step_states(self, keys: Iterable[str]) -> Mapping[str, StepState]:
+        return self._db.read(queries.step_states, list(keys))
+
+    def latest_instances(self, recipe: str) -> Mapping[tuple[str, Axes, int], StoredInstance]:
+        return self._db.read(queries.latest_instances, recipe)
+
+    def lane_seconds(self) -> Mapping[str, float]:
+        return self._db.read(queries.lane_seconds)
+
+    def inputs(self, uris: Iterable[str]) -> Mapping[str, InputRecord]:
+        return self._db.read(queries.inputs, list(uris))
+
+    def remember_inputs(self, records: Sequence[InputRecord]) -> None:
+        self._db.write(queries.remember_inputs, records)
+
+    def models(self) -> Sequence[ModelRow]:
+        return self._db.read(queries.models)
+
+    def remember_models(self, rows: Sequence[ModelRow]) -> None:
+        self._db.write(queries.remember_models, rows)
+
+    # ---- runs
+
+    def create_run(self, run: NewRun, plan: Plan) -> int:
+        return self._db.write(submit.create_run, run, plan)
+
+    def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None) -> int:
+        return self._db.write(runs.retry_run, run_id, keys=None if keys is None else list(keys))
+
+    def cancel_run(self, run_id: int) -> int:
+        return self._db.write(runs.cancel_run, run_id)
+
+    def finish_runs(self) -> Sequence[tuple[int, RunState]]:
+        return self._db.write(runs.finish_runs) if self._db.read(runs.finishable) else []
+
+    def run(self, run_id: int) -> RunSummary:
+        return self._db.read(runs.run, run_id)
+
+    def runs(self, *, limit: int = 50) -> Sequence[RunSummary]:
+        return self._db.read(runs.newest_runs, limit=limit)
+
+    def recipe_text(self, run_id: int) -> str:
+        return self._db.read(runs.recipe_text, run_id)
+
+    def run_steps(self, run_id: int, *, states: Iterable[StepState] | None = None) -> Sequence[StepRow]:
+        return self._db.read(queries.run_steps, run_id, states=states)
+
+    # ---- workers
+
+    def register_worker(self, worker: WorkerInfo) -> None:
+        self._db.write(claim.register_worker, worker)
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        return self._db.read(claim.workers)
+
+    def retire_worker(self, worker_id: str) -> None:
+        self._db.write(claim.retire_worker, worker_id)
+
+    def claim(
+        self,
+        worker_id: str,
+        *,
+        limit: int,
+        lease_seconds: float,
+        run_id: int | None = None,
+        lanes: Callable[[str], bool] | None = None,
+        prefer: str | None = None,
+    ) -> Sequence[LeasedStep]:
+        return self._db.write(
+            claim.claim,
+            worker_id,
+            limit=limit,
+            lease_seconds=lease_seconds,
+            run_id=run_id,
+            lanes=lanes,
+            prefer=prefer,
+        )
+
+    def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
+        return self._db.write(claim.extend_leases, worker_id, lease_seconds)
+
+    def release(self, steps: Sequence[tuple[int, int]]) -> None:
+        self._db.write(claim.release, steps)
+
+    def intend_uploads(self, uploads: Sequence[tuple[str, int, int]]) -> None:
+        self._db.write(commit.intend_uploads, uploads)
+
+    def commit(self, batch: BatchRecord | None, results: Sequence[StepResult]) -> CommitReport:
+        return self._db.write(commit.commit, batch, results)
+
+    def reconcile(self, *, gone_workers: Iterable[str] = (), max_losses: int = 3) -> ReconcileReport:
+        gone = list(gone_workers)
+        if not self._db.read(claim.anything_overdue, gone_workers=gone):
+            return ReconcileReport(returned=0, quarantined=0)
+        return self._db.write(claim.reconcile, gone_workers=gone, max_losses=max_losses)
+
+    # ---- deliveries
+
+    def pending_deliveries(self, run_id: int | None = None, *, limit: int = 100) -> Sequence[PendingDelivery]:
+        return self._db.read(deliveries.pending_deliveries, run_id, limit=limit)
+
+    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: bool = False) -> None:
+        self._db.write(deliveries.record_delivery, delivery_id, path=path, version=version, skipped=skipped)
+
+    def fail_delivery(self, delivery_id: int, error: str) -> None:
+        self._db.write(deliveries.fail_delivery, delivery_id, error)
+
+    # ---- questions
+
+    def find_steps(self, text: str, *, run_id: int | None = None) -> Sequence[StepRow]:
+        return self._db.read(queries.find_steps, text, run_id=run_id)
+
+    def attempts(self, step_id: int) -> Sequence[AttemptRow]:
+        return self._db.read(queries.attempts, step_id)
+
+    def ancestors(self, step_id: int) -> Sequence[tuple[int, int, str]]:
+        return self._db.read(queries.ancestors, step_id)
+
+    def steps_by_id(self, ids: Iterable[int]) -> Sequence[StepRow]:
+        return self._db.read(queries.steps_by_id, list(ids))
+
+    def step_sources(self, step_id: int) -> Sequence[SourceInput]:
+        return self._db.read(queries.step_sources, step_id)
+
+    # ---- garbage
+
+    def artifact_uris(self) -> Iterator[str]:
+        return iter(self._db.read(garbage.artifact_uris))
+
+    def collectable(self, *, keep_bytes: int) -> Sequence[Artifact]:
+        return self._db.read(garbage.collectable, keep_bytes=keep_bytes)
+
+    def forget_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> bool:
+        return self._db.write(garbage.forget_artifact, sha256, delete)
+
+    def orphaned_uploads(self) -> Sequence[str]:
+        return self._db.read(garbage.orphaned_uploads)
+
+    def forget_uploads(self, uris: Sequence[str], delete: Callable[[str], None] | None = None) -> None:
+        for uri in uris:
+            self._db.write(garbage.forget_upload, uri, delete)

@@ -1,0 +1,211 @@
+"""Runs after they were submitted: retry, cancel, finish, and their summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from kontext_batch.errors import ObjectNotFound
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.graph import cancel_unwanted, collected, put_back, raise_priorities
+from kontext_batch.lineage.reasking import Known, deps_left, to_run
+from kontext_batch.lineage.sql import among, in_state, now
+from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
+from kontext_batch.ports import RunSummary
+
+RUNS, STEPS, RUN_STEPS, DELIVERIES = t.runs.c, t.steps.c, t.run_steps.c, t.deliveries.c
+ARRIVED = ("delivered", "skipped")
+
+
+def retry_run(conn: sa.Connection, run_id: int, *, keys: Iterable[str] | None = None) -> int:
+    lock_graph(conn, alone=True)
+    _require(conn, run_id)
+    steps, parents = _graph(conn, run_id)
+    chosen = None if keys is None else _with_readers(parents, [row.key for row in steps], set(keys))
+    lost = collected(conn, [row.id for row in steps if row.state == StepState.DONE])
+    known = [Known(row.id, StepState(row.state), row.state == StepState.DONE and row.id not in lost) for row in steps]
+    wanted = range(len(known)) if chosen is None else chosen
+    asked = {index for index in wanted if known[index].state in UNSUCCESSFUL}
+    undelivered = _undelivered(conn, run_id)
+    pictures = {index for index in wanted if known[index].id in undelivered}
+    runs = to_run(parents, known, asked=asked, pictures=pictures)
+    again = {
+        step.id: deps_left(parents[index], runs)
+        for index, step in enumerate(known)
+        if runs[index] and step.state not in LIVE
+    }
+    put_back(conn, again)
+    open_again = {known[index].id: not runs[index] for index in pictures}
+    for state, done in (("pending", True), ("waiting", False)):
+        conn.execute(
+            sa.update(t.deliveries)
+            .where(
+                DELIVERIES.run_id == run_id,
+                among(DELIVERIES.step_id, [step_id for step_id, is_done in open_again.items() if is_done is done]),
+                DELIVERIES.state.not_in(ARRIVED),
+            )
+            .values(state=state, error=None)
+        )
+    if again or pictures:
+        conn.execute(sa.update(t.runs).where(RUNS.id == run_id).values(state=RunState.RUNNING, finished=None))
+        raise_priorities(conn, [step.id for index, step in enumerate(known) if runs[index]])
+    return len(again)
+
+
+def _graph(conn: sa.Connection, run_id: int) -> tuple[Sequence[Any], list[list[int]]]:
+    """The run's distinct steps, parents first, and for each the indices of its parents."""
+    query = sa.select(STEPS.id, STEPS.key, STEPS.state).join(t.run_steps, RUN_STEPS.step_id == STEPS.id)
+    steps = conn.execute(query.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first).order_by(STEPS.id)).all()
+    place = {row.id: index for index, row in enumerate(steps)}
+    parents: list[list[int]] = [[] for _ in steps]
+    edges = sa.select(t.edges.c.child, t.edges.c.parent).where(among(t.edges.c.child, place))
+    for row in conn.execute(edges):
+        parents[place[row.child]].append(place[row.parent])
+    return steps, parents
+
+
+def _with_readers(parents: Sequence[Sequence[int]], keys: Sequence[str], wanted: set[str]) -> set[int]:
+    chosen: set[int] = set()
+    for index, key in enumerate(keys):
+        if key in wanted or not chosen.isdisjoint(parents[index]):
+            chosen.add(index)
+    return chosen
+
+
+def _undelivered(conn: sa.Connection, run_id: int) -> set[int]:
+    """Steps whose picture did not arrive where this run wants it."""
+    query = sa.select(DELIVERIES.step_id).where(DELIVERIES.run_id == run_id, DELIVERIES.state.not_in(ARRIVED))
+    return set(conn.scalars(query))
+
+
+def cancel_run(conn: sa.Connection, run_id: int) -> int:
+    lock_graph(conn, alone=True)
+    _require(conn, run_id)
+    cancelled = conn.execute(
+        sa.update(t.runs)
+        .where(RUNS.id == run_id, RUNS.state == RunState.RUNNING)
+        .values(state=RunState.CANCELLED, finished=now())
+    )
+    if not cancelled.rowcount:
+        return 0
+    query = sa.select(STEPS.id).join(t.run_steps, RUN_STEPS.step_id == STEPS.id)
+    live = conn.scalars(query.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first, in_state(STEPS.state, *LIVE))).all()
+    count = cancel_unwanted(conn, live)
+    raise_priorities(conn, live)  # of those that other runs want: this run's priority counts no more
+    return count
+
+
+def finishable(conn: sa.Connection) -> list[int]:
+    """Running runs with no live step and nothing left to deliver."""
+    live = (
+        sa.exists()
+        .where(RUN_STEPS.run_id == RUNS.id, RUN_STEPS.step_id == STEPS.id, in_state(STEPS.state, *LIVE))
+        .correlate(t.runs)
+    )
+    pending = sa.exists().where(DELIVERIES.run_id == RUNS.id, DELIVERIES.state == "pending").correlate(t.runs)
+    query = sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, sa.not_(live), sa.not_(pending))
+    return list(conn.scalars(query.order_by(RUNS.id)))
+
+
+def finish_runs(conn: sa.Connection) -> list[tuple[int, RunState]]:
+    lock_graph(conn, alone=True)
+    finished = []
+    for summary in _summaries(conn, RUNS.id.in_(finishable(conn))):
+        state = final_state(summary)
+        conn.execute(sa.update(t.runs).where(RUNS.id == summary.id).values(state=state, finished=now()))
+        finished.append((summary.id, state))
+    return sorted(finished)
+
+
+def final_state(summary: RunSummary) -> RunState:
+    """What a run has come to that has no live step and nothing left to deliver."""
+    done = summary.steps.get(StepState.DONE, 0)
+    if done == sum(summary.steps.values()) and summary.delivered == summary.deliveries:
+        return RunState.DONE
+    achieved = summary.delivered if summary.deliveries else done
+    return RunState.PARTIAL if achieved else RunState.FAILED
+
+
+# ------------------------------------------------------------------------------------------------------ summaries
+
+
+def run(conn: sa.Connection, run_id: int) -> RunSummary:
+    found = _summaries(conn, RUNS.id == run_id)
+    if not found:
+        raise _unknown(run_id)
+    return found[0]
+
+
+def newest_runs(conn: sa.Connection, *, limit: int) -> list[RunSummary]:
+    newest = sa.select(RUNS.id).order_by(RUNS.id.desc()).limit(limit)
+    return _summaries(conn, RUNS.id.in_(newest))
+
+
+def recipe_text(conn: sa.Connection, run_id: int) -> str:
+    text: str | None = conn.scalar(sa.select(RUNS.recipe_text).where(RUNS.id == run_id))
+    if text is None:
+        raise _unknown(run_id)
+    return text
+
+
+def _summaries(conn: sa.Connection, wanted: sa.ColumnElement[bool]) -> list[RunSummary]:
+    """Newest first; three queries, however many runs."""
+    rows = conn.execute(sa.select(t.runs).where(wanted).order_by(RUNS.id.desc())).all()
+    ids = [row.id for row in rows]
+    steps: dict[int, dict[StepState, int]] = {run_id: {} for run_id in ids}
+    cached = dict.fromkeys(ids, 0)
+    counted = (
+        sa.select(
+            RUN_STEPS.run_id,
+            STEPS.state,
+            sa.func.count().label("number"),
+            sa.func.count(sa.case((RUN_STEPS.cached, 1))).label("cached"),
+        )
+        .join(t.steps, STEPS.id == RUN_STEPS.step_id)
+        .where(among(RUN_STEPS.run_id, ids), RUN_STEPS.first)
+        .group_by(RUN_STEPS.run_id, STEPS.state)
+    )
+    for row in conn.execute(counted):
+        steps[row.run_id][StepState(row.state)] = row.number
+        cached[row.run_id] += row.cached
+    deliveries: dict[int, dict[str, int]] = {run_id: {} for run_id in ids}
+    delivered = sa.select(DELIVERIES.run_id, DELIVERIES.state, sa.func.count().label("number"))
+    for row in conn.execute(
+        delivered.where(among(DELIVERIES.run_id, ids)).group_by(DELIVERIES.run_id, DELIVERIES.state)
+    ):
+        deliveries[row.run_id][row.state] = row.number
+    return [_summary(row, steps[row.id], cached[row.id], deliveries[row.id]) for row in rows]
+
+
+def _summary(
+    row: sa.Row[Any], steps: Mapping[StepState, int], cached: int, deliveries: Mapping[str, int]
+) -> RunSummary:
+    return RunSummary(
+        id=row.id,
+        recipe=row.recipe,
+        recipe_sha256=row.recipe_sha256,
+        source=row.source,
+        owner=row.owner,
+        trigger=row.trigger,
+        priority=row.priority,
+        state=RunState(row.state),
+        created=row.created,
+        finished=row.finished,
+        steps=steps,
+        cached=cached,
+        deliveries=sum(deliveries.values()),
+        delivered=sum(deliveries.get(state, 0) for state in ARRIVED),
+        failed_deliveries=deliveries.get("failed", 0),
+    )
+
+
+def _require(conn: sa.Connection, run_id: int) -> None:
+    if conn.scalar(sa.select(RUNS.id).where(RUNS.id == run_id)) is None:
+        raise _unknown(run_id)
+
+
+def _unknown(run_id: int) -> ObjectNotFound:
+    return ObjectNotFound(f"there is no run {run_id}")

@@ -1,0 +1,278 @@
+"""The tables (DESIGN.md section 4). A change here needs a migration: a test compares the two.
+
+Times are the database's, in UTC. JSON columns hold canonical JSON.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from kontext_batch.lineage.sql import AxesText, UtcTime, in_state
+from kontext_batch.planning.states import LIVE, StepState
+
+REVISION = "0001"
+"""The migration that makes these tables."""
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _id() -> sa.Column[int]:
+    """A number that the database gives out, ascending."""
+    return sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True)
+
+
+def _ref(name: str, target: str, *, primary_key: bool = False, nullable: bool = False) -> sa.Column[int]:
+    kind = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    return sa.Column(name, kind, sa.ForeignKey(target), primary_key=primary_key, nullable=nullable)
+
+
+def _partial(name: str, *columns: sa.ColumnElement[object], where: sa.ColumnElement[bool]) -> sa.Index:
+    return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    _id(),
+    sa.Column("recipe", sa.Text, nullable=False),
+    sa.Column("recipe_sha256", sa.Text, nullable=False),
+    sa.Column("recipe_text", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("trigger", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("selection", sa.JSON, nullable=False),
+    sa.Column("budget", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # planning.states.RunState
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("finished", UtcTime),  # set with a final state, cleared by a retry
+    sa.Index(None, "recipe"),
+)
+
+steps = sa.Table(
+    "steps",
+    metadata,
+    _id(),  # a parent's id is smaller than its children's
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("operation", sa.Text, nullable=False),
+    sa.Column("params", sa.JSON, nullable=False),
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # planning.states.StepState
+    # How many distinct parents are not done; kept while blocked, 0 while ready or leased, without meaning otherwise.
+    sa.Column("deps_left", sa.Integer, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),  # the highest of the live runs that want it
+    sa.Column("asked", sa.Integer, nullable=False),  # 1 at first; one more each time a final step is asked for anew
+    sa.Column("attempts", sa.Integer, nullable=False),  # tries begun since it was asked for; a release takes one back
+    sa.Column("losses", sa.Integer, nullable=False),  # workers lost with it since it was asked for
+    sa.Column("batch_limit", sa.Integer),  # 1 after a loss: claimed alone
+    sa.Column("not_before", UtcTime),
+    sa.Column("lease_owner", sa.Text, sa.ForeignKey("workers.id")),
+    sa.Column("lease_token", sa.Integer, nullable=False),  # grows with each claim, for ever: the fence
+    sa.Column("lease_until", UtcTime),
+    sa.Column("error", sa.Text),  # the last fault; cleared when done or asked anew
+    sa.UniqueConstraint("key"),
+    sa.CheckConstraint("deps_left >= 0", name="deps_left"),
+    sa.CheckConstraint("(state = 'leased') = (lease_owner IS NOT NULL)", name="lease"),
+)
+_partial(
+    "ix_steps_ready",
+    steps.c.lane,
+    steps.c.priority.desc(),
+    steps.c.id,
+    where=in_state(steps.c.state, StepState.READY),
+)
+_partial("ix_steps_leased", steps.c.lease_owner, where=in_state(steps.c.state, StepState.LEASED))
+_partial("ix_steps_live", steps.c.id, where=in_state(steps.c.state, *LIVE))
+
+step_sources = sa.Table(
+    "step_sources",
+    metadata,
+    _ref("step_id", "steps.id", primary_key=True),
+    sa.Column("role", sa.Text, primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("uri", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Index(None, "sha256"),
+    sqlite_with_rowid=False,
+)
+
+edges = sa.Table(
+    "edges",
+    metadata,
+    _ref("child", "steps.id", primary_key=True),
+    sa.Column("role", sa.Text, primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    _ref("parent", "steps.id"),
+    sa.Index(None, "parent", "child"),
+    sqlite_with_rowid=False,
+)
+
+run_steps = sa.Table(
+    "run_steps",
+    metadata,
+    _ref("run_id", "runs.id", primary_key=True),
+    sa.Column("ordinal", sa.Integer, primary_key=True),  # place of the instance in the plan
+    _ref("step_id", "steps.id"),
+    sa.Column("node", sa.Text, nullable=False),
+    sa.Column("axes", AxesText, nullable=False),
+    sa.Column("candidate", sa.Integer, nullable=False),
+    sa.Column("take", sa.Integer, nullable=False),
+    sa.Column("file", sa.Text, nullable=False),
+    sa.Column("line", sa.Integer, nullable=False),
+    sa.Column("first", sa.Boolean, nullable=False),  # the first instance of its step in this run: counts the step
+    sa.Column("cached", sa.Boolean, nullable=False),  # the step was done already
+    sa.Index(None, "step_id", "run_id"),
+    sqlite_with_rowid=False,
+)
+
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("sha256", sa.Text, primary_key=True),
+    sa.Column("uri", sa.Text, nullable=False),
+    sa.Column("media_type", sa.Text, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("collected_at", UtcTime),  # its bytes were removed to save space; the row stays for the lineage
+    sa.Index(None, "uri"),
+)
+
+step_outputs = sa.Table(
+    "step_outputs",
+    metadata,
+    _ref("step_id", "steps.id", primary_key=True),
+    sa.Column("slot", sa.Text, primary_key=True),
+    sa.Column("sha256", sa.Text, sa.ForeignKey("artifacts.sha256"), nullable=False),
+    sa.Index(None, "sha256"),
+    sqlite_with_rowid=False,
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("process_started", sa.Float(53), nullable=False),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("engine", sa.JSON, nullable=False),
+    sa.Column("registered", UtcTime, nullable=False),
+    sa.Column("heartbeat", UtcTime, nullable=False),
+    sa.Column("retired", UtcTime),  # said goodbye, or was found gone
+)
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    _id(),
+    sa.Column("worker_id", sa.Text, sa.ForeignKey("workers.id"), nullable=False),
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("model_sha256", sa.Text),
+    sa.Column("numeric_mode", sa.Text, nullable=False),
+    sa.Column("libraries", sa.JSON, nullable=False),
+    sa.Column("committed", UtcTime, nullable=False),
+    sa.Index(None, "lane", "id"),
+)
+
+batch_members = sa.Table(
+    "batch_members",
+    metadata,
+    _ref("batch_id", "batches.id", primary_key=True),
+    _ref("step_id", "steps.id", primary_key=True),
+    sa.Column("joined", sa.Integer, nullable=False),  # denoise step of the batch
+    sa.Column("left", sa.Integer, nullable=False),
+    sa.Index(None, "step_id"),
+    sqlite_with_rowid=False,
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    _id(),
+    _ref("step_id", "steps.id"),
+    sa.Column("token", sa.Integer, nullable=False),
+    sa.Column("asked", sa.Integer, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("worker_id", sa.Text, sa.ForeignKey("workers.id"), nullable=False),
+    _ref("batch_id", "batches.id", nullable=True),
+    sa.Column("started", UtcTime, nullable=False),
+    sa.Column("ended", UtcTime),
+    sa.Column("outcome", sa.Text),  # ok, error, retry, released, lost, fenced; NULL while it runs
+    sa.Column("error_class", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("timings", sa.JSON, nullable=False),
+    sa.UniqueConstraint("step_id", "token"),
+    sa.Index(None, "batch_id"),
+)
+_ok = attempts.c.outcome == sa.literal_column("'ok'")
+# The database itself refuses to commit a step twice.
+sa.Index("uq_attempts_ok", attempts.c.step_id, attempts.c.asked, unique=True, sqlite_where=_ok, postgresql_where=_ok)
+
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    _id(),
+    sa.Column("uri", sa.Text, nullable=False),
+    _ref("step_id", "steps.id"),
+    sa.Column("token", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # intent, committed, orphaned, deleted
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Index(None, "step_id", "token"),
+    sa.Index(None, "uri"),
+)
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    _id(),
+    _ref("run_id", "runs.id"),
+    sa.Column("ordinal", sa.Integer, nullable=False),  # of the instance in run_steps
+    _ref("step_id", "steps.id"),
+    sa.Column("path", sa.Text, nullable=False),  # as the recipe wants it
+    sa.Column("if_exists", sa.Text, nullable=False),
+    # waiting (for its step), pending (to be delivered now), delivered, skipped (something was there), failed
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text, sa.ForeignKey("artifacts.sha256")),  # what was delivered
+    sa.Column("delivered_path", sa.Text),  # where it lies, with its version
+    sa.Column("version", sa.Integer),
+    sa.Column("error", sa.Text),
+    sa.Column("delivered", UtcTime),
+    sa.UniqueConstraint("run_id", "path"),
+    sa.ForeignKeyConstraint(["run_id", "ordinal"], ["run_steps.run_id", "run_steps.ordinal"]),
+    sa.Index(None, "run_id", "state"),
+    sa.Index(None, "step_id"),
+)
+
+inputs = sa.Table(
+    "inputs",
+    metadata,
+    sa.Column("uri", sa.Text, primary_key=True),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("format", sa.Text, nullable=False),
+    sa.Column("problem", sa.Text),
+    sa.Column("seen", UtcTime, nullable=False),
+)
+
+models = sa.Table(
+    "models",
+    metadata,
+    sa.Column("sha256", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("layout", sa.Text, nullable=False),
+    sa.Column("licence", sa.Text, nullable=False),
+)

@@ -1,0 +1,1 @@
+"""The database's migrations (Alembic), run by `kontext_batch.lineage.migrate`."""
