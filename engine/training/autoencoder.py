@@ -1,0 +1,105 @@
+"""Train the shipped model's autoencoder on drawn pictures: L1 and squared error, and a little KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.autoencoder import Autoencoder
+from engine.config import AutoencoderConfig
+from engine.latents import image_to_tensor
+from engine.training.instructions import random_example
+from engine.training.loop import Loop, LoopConfig, Loss, Moment
+from engine.training.products import render
+
+TINY = AutoencoderConfig(block_channels=(16, 32, 48, 64), res_blocks=1, groups=8, scale=1.0, shift=0.0, sample_size=128)
+"""About 0.6 M parameters; scale and shift are set from the latents when it is trained."""
+KL_WEIGHT = 1e-6
+SQUARED_WEIGHT = 2.0
+CROP, CROPPED_SHARE = 64, 0.85
+"""The first share of the steps sees random crops of this side, at a quarter of the cost; the rest whole pictures."""
+
+
+def picture_pool(count: int, seed: int, cache: Path | None = None) -> Tensor:
+    """`count` pictures as bytes (count, 3, 128, 128), drawn once and kept in `cache`."""
+    if cache is not None and cache.is_file():
+        return torch.from_numpy(np.load(cache))
+    rng = np.random.default_rng(seed)
+    pool = np.empty((count, 3, 128, 128), np.uint8)
+    for index in range(count):
+        pool[index] = np.asarray(render(random_example(rng).after)).transpose(2, 0, 1)
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.save(cache, pool)
+    return torch.from_numpy(pool)
+
+
+def reconstruction_loss(module: Autoencoder, images: Tensor, noise: torch.Generator) -> Loss:
+    """L1 + 2 MSE + KL of one batch in [-1, 1]; also its PSNR in dB."""
+    mean, logvar = module.moments(images)
+    logvar = logvar.float().clamp(-30, 20)
+    z = mean.float() + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise)
+    out = module.decoder(z).float()
+    squared = F.mse_loss(out, images)
+    kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+    loss = F.l1_loss(out, images) + SQUARED_WEIGHT * squared + KL_WEIGHT * kl
+    return loss, {"psnr": (10 * torch.log10(4 / squared.detach())).item(), "kl": kl.item()}
+
+
+def train_autoencoder(
+    folder: Path,
+    config: LoopConfig,
+    *,
+    batch: int = 16,
+    pool: int = 6000,
+    sizes: AutoencoderConfig = TINY,
+    say: Callable[[str], None] = print,
+) -> Autoencoder:
+    """Train, or go on training, in `folder`; returns the module with averaged weights, scale and shift set."""
+    torch.manual_seed(config.seed)
+    module = Autoencoder(sizes)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loop = Loop(module, config, folder)
+    loop.resume()
+    pictures = picture_pool(pool, config.seed, folder / "pictures.npy")
+
+    def loss_of(moment: Moment) -> Loss:
+        chosen = torch.from_numpy(moment.numpy.integers(0, len(pictures), batch))
+        images = pictures[chosen]
+        if moment.step < CROPPED_SHARE * config.steps:
+            top, left = moment.numpy.integers(0, images.shape[-1] - CROP + 1, 2)
+            images = images[:, :, top : top + CROP, left : left + CROP]
+        images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        return reconstruction_loss(module, images, moment.torch)
+
+    loop.run(loss_of, say=say)
+    loop.use_average()
+    return normalised(module.eval(), pictures[:512])
+
+
+@torch.no_grad()
+def normalised(module: Autoencoder, pictures: Tensor) -> Autoencoder:
+    """The same autoencoder with scale and shift such that its latents have mean 0 and deviation 1."""
+    raw = torch.cat([module.moments(part.float() / 127.5 - 1)[0] for part in torch.split(pictures, 32)])
+    config = replace(module.config, shift=round(raw.mean().item(), 4), scale=round(1 / raw.std().item(), 4))
+    out = Autoencoder(config)
+    out.load_state_dict(module.state_dict())
+    return out.eval()
+
+
+@torch.no_grad()
+def reconstruction_psnr(module: Autoencoder, *, count: int = 64, seed: int = 10**6) -> float:
+    """Mean PSNR in dB over fresh pictures."""
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(count):
+        image = image_to_tensor(render(random_example(rng).after))[None]
+        out = module.decode(module.encode(image)).clamp(-1, 1)
+        values.append(10 * torch.log10(4 / F.mse_loss(out, image)).item())
+    return sum(values) / len(values)

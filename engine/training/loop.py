@@ -1,0 +1,179 @@
+"""A training loop that can be killed at any moment and goes on as if nothing had happened.
+
+Everything random in step n comes from a generator made of (seed, n), so a resumed run draws what the first would have
+drawn; parameters, their average and the optimiser's moments are in the checkpoint. Only safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Loss = tuple[Tensor, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """What every training has."""
+
+    steps: int
+    lr: float = 1e-3
+    """Peak of the learning rate: reached after `warmup` steps, then a cosine down to 0."""
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.999
+    """Decay of the averaged parameters, which are what is evaluated and shipped."""
+    seed: int = 0
+    save_every: int = 100
+    """Steps between checkpoints."""
+    log_every: int = 25
+    bf16: bool = False
+    """Compute in bfloat16 where it is safe (autocast); parameters stay fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The generators of one step."""
+
+    step: int
+    numpy: np.random.Generator
+    torch: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, step: int) -> Moment:
+        return cls(step, np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed * 1_000_003 + step))
+
+
+class Loop:
+    """AdamW with warm-up, cosine, clipping and an average of the parameters."""
+
+    def __init__(self, module: nn.Module, config: LoopConfig, folder: Path) -> None:
+        self.module, self.config, self.folder = module, config, folder
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        decayed = [p for p in self.parameters.values() if p.ndim > 1]
+        plain = [p for p in self.parameters.values() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(0.9, 0.99),
+        )
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint, when there is one."""
+        if not self.checkpoint.is_file():
+            return False
+        with safe_open(self.checkpoint, framework="pt") as file:
+            self.step = int(file.metadata()["step"])
+            for name, parameter in self.parameters.items():
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(f"model.{name}"))
+                self.average[name] = file.get_tensor(f"ema.{name}").clone()
+                if self.step:
+                    self.optimiser.state[parameter] = {
+                        "step": torch.tensor(float(self.step)),
+                        "exp_avg": file.get_tensor(f"first.{name}").clone(),
+                        "exp_avg_sq": file.get_tensor(f"second.{name}").clone(),
+                    }
+        return True
+
+    def save(self) -> None:
+        """Replace the checkpoint in one move: a kill leaves the old one or the new one."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model.{name}"] = parameter.detach().contiguous()
+            tensors[f"ema.{name}"] = self.average[name].contiguous()
+            state = self.optimiser.state.get(parameter)
+            if state:
+                tensors[f"first.{name}"] = state["exp_avg"].contiguous()
+                tensors[f"second.{name}"] = state["exp_avg_sq"].contiguous()
+        part = self.checkpoint.with_suffix(".part")
+        save_file(tensors, part, metadata={"step": str(self.step)})
+        os.replace(part, self.checkpoint)
+        (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    def learning_rate(self, step: int) -> float:
+        """At a step, 0-based."""
+        config = self.config
+        if step < config.warmup:
+            return config.lr * (step + 1) / config.warmup
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def run(
+        self,
+        loss_of: Callable[[Moment], Loss],
+        *,
+        say: Callable[[str], None],
+        on_save: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train to the configured number of steps. `loss_of` computes one step's loss and figures to log."""
+        config = self.config
+        self.module.train()
+        started, first = time.perf_counter(), self.step
+        shown: dict[str, list[float]] = {}
+        while self.step < config.steps:
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.learning_rate(self.step)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
+                loss, figures = loss_of(Moment.of(config.seed, self.step))
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient of step {self.step} is not finite; lower the learning rate")
+            self.optimiser.step()
+            self.step += 1
+            decay = min(config.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    self.average[name].lerp_(parameter, 1 - decay)
+            for name, value in {"loss": loss.item(), **figures}.items():
+                shown.setdefault(name, []).append(value)
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                self._log(shown, started, first, say)
+                shown.clear()
+            if self.step % config.save_every == 0 or self.step == config.steps:
+                self.save()
+                if on_save is not None:
+                    on_save(self.step)
+
+    def use_average(self) -> None:
+        """Put the averaged parameters into the module."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+
+    def _log(self, shown: Mapping[str, list[float]], started: float, first: int, say: Callable[[str], None]) -> None:
+        figures = {name: sum(values) / len(values) for name, values in shown.items()}
+        each = (time.perf_counter() - started) / (self.step - first)
+        left = each * (self.config.steps - self.step)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        say(f"step {self.step}/{self.config.steps}  {text}  {each:.2f} s/step  {left / 60:.0f} min left")
+        path = self.folder / "metrics.csv"
+        new = not path.is_file()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "seconds_per_step", *figures])
+            writer.writerow([self.step, round(each, 4), *(round(value, 6) for value in figures.values())])

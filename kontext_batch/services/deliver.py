@@ -1,0 +1,94 @@
+"""Bring finished images to the paths that the recipe wants.
+
+A delivery may be done twice (a worker dies between the write and the record): every policy is such that the second
+time changes nothing. Identical bytes never make a new version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+
+from kontext_batch.errors import KontextBatchError, ObjectNotFound
+from kontext_batch.hashing import sha256_hex
+from kontext_batch.ports import ObjectStore, PendingDelivery, Repository
+
+log = structlog.get_logger(__name__)
+
+MAX_VERSIONS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a delivery ended."""
+
+    path: str
+    version: int
+    """1 for the path itself, n for `name.vN.ext`."""
+    skipped: bool = False
+    """Something was there and the recipe says to leave it."""
+
+
+def versioned(path: str, version: int) -> str:
+    """`a/b.jpg` as version 3 is `a/b.v3.jpg`; version 1 is the path itself."""
+    if version == 1:
+        return path
+    folder, slash, name = path.rpartition("/")
+    stem, dot, extension = name.rpartition(".")
+    return f"{folder}{slash}{stem}.v{version}{dot}{extension}" if dot else f"{path}.v{version}"
+
+
+def deliver_pending(repository: Repository, store: ObjectStore, *, run_id: int | None = None) -> int:
+    """Deliver everything that is finished; returns how many arrived.
+
+    A delivery that cannot be made is recorded as failed.
+    """
+    delivered = 0
+    while pending := repository.pending_deliveries(run_id):
+        for delivery in pending:
+            try:
+                placed = place(store, delivery)
+            except KontextBatchError as error:
+                log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
+                repository.fail_delivery(delivery.id, str(error))
+                continue
+            repository.record_delivery(delivery.id, path=placed.path, version=placed.version, skipped=placed.skipped)
+            delivered += 1
+    return delivered
+
+
+def place(store: ObjectStore, delivery: PendingDelivery) -> Placed:
+    """Write one image to its path under its policy. Raises the store's errors, and `KontextBatchError` for `fail`."""
+    artifact = delivery.artifact
+    data = store.read(artifact.uri)
+    if sha256_hex(data) != artifact.sha256:
+        raise KontextBatchError(f"{artifact.uri}: the stored image is damaged (sha256 differs); run `verify`")
+
+    def write_new(path: str) -> bool:
+        return store.write_if_absent(path, data, media_type=artifact.media_type)
+
+    if delivery.if_exists == "replace":
+        if not _holds(store, delivery.path, artifact.sha256, artifact.bytes):
+            store.write(delivery.path, data, media_type=artifact.media_type)
+        return Placed(delivery.path, 1)
+    if write_new(delivery.path) or _holds(store, delivery.path, artifact.sha256, artifact.bytes):
+        return Placed(delivery.path, 1)
+    if delivery.if_exists == "skip":
+        return Placed(delivery.path, 1, skipped=True)
+    if delivery.if_exists == "fail":
+        raise KontextBatchError(f"{delivery.path}: another image is there already, and the recipe says if_exists: fail")
+    for version in range(2, MAX_VERSIONS):
+        path = versioned(delivery.path, version)
+        if write_new(path) or _holds(store, path, artifact.sha256, artifact.bytes):
+            return Placed(path, version)
+    raise KontextBatchError(f"{delivery.path}: {MAX_VERSIONS} versions are there already")
+
+
+def _holds(store: ObjectStore, path: str, sha256: str, size: int) -> bool:
+    """Whether exactly these bytes lie at `path`."""
+    try:
+        info = store.head(path)
+        return info.bytes == size and sha256_hex(store.read(path)) == sha256
+    except ObjectNotFound:
+        return False

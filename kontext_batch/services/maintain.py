@@ -1,0 +1,67 @@
+"""What keeps a workspace sound: leases of processes that are gone, artifacts above the size limit, orphaned uploads."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+
+from kontext_batch.ports import ObjectStore, ReconcileReport, Repository, WorkerInfo
+
+MAX_LOSSES = 3
+"""A step that lost this many workers is quarantined."""
+START_TOLERANCE = 2.0
+"""Seconds by which two readings of a process's start time may differ."""
+
+
+def gone_workers(workers: Iterable[WorkerInfo], *, host: str | None = None) -> list[str]:
+    """Ids of workers of this host whose process is not there any more; other hosts are left to their leases."""
+    here = host or socket.gethostname()
+    return [worker.id for worker in workers if worker.host == here and not _alive(worker)]
+
+
+def _alive(worker: WorkerInfo) -> bool:
+    try:
+        started = psutil.Process(worker.pid).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True  # it is there, but not ours to look at
+    return abs(started - worker.process_started) < START_TOLERANCE  # else the pid was given out again
+
+
+def reconcile(repository: Repository) -> ReconcileReport:
+    """Return what lost workers held: at once for processes of this host, else when their leases run out."""
+    return repository.reconcile(gone_workers=gone_workers(repository.workers()), max_losses=MAX_LOSSES)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a garbage collection removed, or would remove."""
+
+    artifacts: int
+    bytes: int
+    orphans: int
+
+
+def collect_garbage(repository: Repository, store: ObjectStore, *, keep_bytes: int, dry_run: bool = False) -> Collected:
+    """Remove artifacts that can be computed again until at most `keep_bytes` are left, and orphaned uploads.
+
+    The database forgets first: an object without a row is found by the next collection, a row without an object would
+    be a loss.
+    """
+    artifacts = repository.collectable(keep_bytes=keep_bytes)
+    orphans = repository.orphaned_uploads()
+    if dry_run:
+        return Collected(len(artifacts), sum(artifact.bytes for artifact in artifacts), len(orphans))
+    count = freed = 0
+    for artifact in artifacts:
+        if repository.forget_artifact(artifact.sha256):
+            store.delete(artifact.uri)
+            count, freed = count + 1, freed + artifact.bytes
+    for uri in orphans:
+        store.delete(uri)
+    repository.forget_uploads(orphans)
+    return Collected(count, freed, len(orphans))

@@ -1,0 +1,111 @@
+"""The worker's loop: claim, execute, deliver, until there is nothing to do or somebody says stop.
+
+The embedded default runs it in the process of `run`; a cluster's workers run the same loop on each wake-up.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from kontext_batch.ports import ObjectStore, Repository, RunSummary, WorkerInfo
+from kontext_batch.services.deliver import deliver_pending
+from kontext_batch.services.execute import Executor, OnStep
+from kontext_batch.services.maintain import reconcile
+
+log = structlog.get_logger(__name__)
+
+IDLE_SECONDS = 0.5
+"""Pause when nothing is ready but another worker still holds what this run waits for."""
+
+
+class Heartbeat:
+    """Extends the worker's leases from a thread of its own, so that it does not wait for the device."""
+
+    def __init__(self, repository: Repository, worker_id: str, lease_seconds: float) -> None:
+        self._repository, self._worker_id, self._lease = repository, worker_id, lease_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._lease / 3):
+            try:
+                self._repository.extend_leases(self._worker_id, self._lease)
+            except Exception:  # the next beat may succeed; without one the leases run out, which is safe
+                log.exception("heartbeat failed")
+
+
+@dataclass(slots=True)
+class Worker:
+    """One process that claims and computes."""
+
+    info: WorkerInfo
+    repository: Repository
+    store: ObjectStore
+    executor: Executor
+    lease_seconds: float
+    batch_rows: int
+    lanes: Callable[[str], bool] | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Set to drain: the batch in flight is finished, nothing more is claimed."""
+    _lane: str | None = None
+
+    def run_until_done(
+        self,
+        run_id: int,
+        *,
+        on_step: OnStep | None = None,
+        on_progress: Callable[[RunSummary], None] | None = None,
+    ) -> RunSummary:
+        """Work on one run until it has a final state, or until `stopping` is set; then give the leases back.
+
+        Another process may share the run or some of its steps; what it holds is waited for, and taken over when that
+        process is gone.
+        """
+        self.repository.register_worker(self.info)
+        try:
+            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
+                while not self.stopping.is_set():
+                    worked = self.work_once(run_id=run_id, on_step=on_step)
+                    delivered = deliver_pending(self.repository, self.store, run_id=run_id)
+                    self.repository.finish_runs()
+                    summary = self.repository.run(run_id)
+                    if on_progress is not None:
+                        on_progress(summary)
+                    if summary.finished is not None:
+                        return summary
+                    if not worked and not delivered:
+                        reconcile(self.repository)
+                        self.stopping.wait(IDLE_SECONDS)
+        finally:
+            self.repository.retire_worker(self.info.id)
+        return self.repository.run(run_id)
+
+    def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None) -> bool:
+        """Claim and execute one batch; False when nothing is ready."""
+        steps = self.repository.claim(
+            self.info.id,
+            limit=self.batch_rows,
+            lease_seconds=self.lease_seconds,
+            run_id=run_id,
+            lanes=self.lanes,
+            prefer=self._lane,
+        )
+        if not steps:
+            return False
+        self._lane = steps[0].lane
+        report = self.executor.run(steps, on_step=on_step)
+        if report.fenced:
+            log.warning("results dropped: another worker held these steps", steps=list(report.fenced))
+        return True
