@@ -547,12 +547,14 @@ class MadePicture:
     """Packed final latents as safetensors, when the step hands them on."""
 
 
+OnStep = Callable[[int, int], None]
+"""Called after each denoise step with the steps done and the steps of the batch, over all its images."""
+
+
 class Editor(Protocol):
     """The engine as the services see it. One call is one batch of one lane."""
 
-    def edit(
-        self, jobs: Sequence[EditJob], *, on_step: Callable[[int, int], None] | None = None
-    ) -> Sequence[MadePicture | Exception]:
+    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
         """One result for each job, in order: the picture, or the error that this job met.
 
         A `StepError` is the job's own fault. What stops the whole batch is raised. `on_step(done, total)` is called

@@ -12,7 +12,7 @@ import structlog
 
 from kontext_batch.errors import KontextBatchError, ObjectNotFound
 from kontext_batch.hashing import sha256_hex
-from kontext_batch.ports import ObjectStore, PendingDelivery, Repository
+from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository
 
 log = structlog.get_logger(__name__)
 
@@ -39,16 +39,22 @@ def versioned(path: str, version: int) -> str:
     return f"{folder}{slash}{stem}.v{version}{dot}{extension}" if dot else f"{path}.v{version}"
 
 
-def deliver_pending(repository: Repository, store: ObjectStore, *, run_id: int | None = None) -> int:
+def deliver_pending(
+    repository: Repository,
+    store: ObjectStore,
+    *,
+    run_id: int | None = None,
+    content_filter: ContentFilter | None = None,
+) -> int:
     """Deliver everything that is finished; returns how many arrived.
 
-    A delivery that cannot be made is recorded as failed.
+    A delivery that cannot be made, or that the content filter does not allow, is recorded as failed.
     """
     delivered = 0
     while pending := repository.pending_deliveries(run_id):
         for delivery in pending:
             try:
-                placed = place(store, delivery)
+                placed = place(store, delivery, content_filter)
             except KontextBatchError as error:
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
                 repository.fail_delivery(delivery.id, str(error))
@@ -58,12 +64,14 @@ def deliver_pending(repository: Repository, store: ObjectStore, *, run_id: int |
     return delivered
 
 
-def place(store: ObjectStore, delivery: PendingDelivery) -> Placed:
+def place(store: ObjectStore, delivery: PendingDelivery, content_filter: ContentFilter | None = None) -> Placed:
     """Write one image to its path under its policy. Raises the store's errors, and `KontextBatchError` for `fail`."""
     artifact = delivery.artifact
     data = store.read(artifact.uri)
     if sha256_hex(data) != artifact.sha256:
         raise KontextBatchError(f"{artifact.uri}: the stored image is damaged (sha256 differs); run `verify`")
+    if content_filter is not None and not content_filter.allows(data):
+        raise KontextBatchError(f"{delivery.path}: the content filter does not allow this image")
 
     def write_new(path: str) -> bool:
         return store.write_if_absent(path, data, media_type=artifact.media_type)

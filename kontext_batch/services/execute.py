@@ -14,7 +14,15 @@ from typing import Any
 
 import structlog
 
-from kontext_batch.errors import InfrastructureError, NotAllowed, ObjectChanged, ObjectNotFound, StepError
+from kontext_batch.errors import (
+    InfrastructureError,
+    NotAllowed,
+    ObjectChanged,
+    ObjectNotFound,
+    StepError,
+    StorageFull,
+    StorageReadOnly,
+)
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
@@ -28,6 +36,7 @@ from kontext_batch.ports import (
     LoadedPicture,
     MadePicture,
     ObjectStore,
+    OnStep,
     Operations,
     ParentOutput,
     Repository,
@@ -40,7 +49,6 @@ from kontext_batch.ports import (
 
 log = structlog.get_logger(__name__)
 
-OnStep = Callable[[int, int], None]
 ArtifactUri = Callable[[str, str], str]
 """(sha256, media type) -> where the artifact goes."""
 
@@ -153,6 +161,8 @@ class Executor:
             try:
                 for artifact, data in files.values():
                     self.store.write_if_absent(artifact.uri, data, media_type=artifact.media_type)
+            except (StorageFull, StorageReadOnly):
+                raise  # the next one would meet the same: the worker stops
             except InfrastructureError as error:
                 results.append(failure(step, error))
                 continue

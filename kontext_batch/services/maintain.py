@@ -58,10 +58,7 @@ def collect_garbage(repository: Repository, store: ObjectStore, *, keep_bytes: i
         return Collected(len(artifacts), sum(artifact.bytes for artifact in artifacts), len(orphans))
     count = freed = 0
     for artifact in artifacts:
-        if repository.forget_artifact(artifact.sha256):
-            store.delete(artifact.uri)
+        if repository.forget_artifact(artifact.sha256, store.delete):
             count, freed = count + 1, freed + artifact.bytes
-    for uri in orphans:
-        store.delete(uri)
-    repository.forget_uploads(orphans)
+    repository.forget_uploads(orphans, store.delete)
     return Collected(count, freed, len(orphans))

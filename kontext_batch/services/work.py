@@ -6,20 +6,25 @@ The embedded default runs it in the process of `run`; a cluster's workers run th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
-from kontext_batch.ports import ObjectStore, Repository, RunSummary, WorkerInfo
+from kontext_batch.errors import StorageFull, StorageReadOnly
+from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
 from kontext_batch.services.deliver import deliver_pending
-from kontext_batch.services.execute import Executor, OnStep
+from kontext_batch.services.execute import Executor
 from kontext_batch.services.maintain import reconcile
 
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
+
+
+class Stopped(Exception):
+    """The worker was told to stop in the middle of a batch."""
 
 
 class Heartbeat:
@@ -56,9 +61,10 @@ class Worker:
     executor: Executor
     lease_seconds: float
     batch_rows: int
+    content_filter: ContentFilter | None = None
     lanes: Callable[[str], bool] | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Set to drain: the batch in flight is finished, nothing more is claimed."""
+    """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
     _lane: str | None = None
 
     def run_until_done(
@@ -75,10 +81,13 @@ class Worker:
         """
         self.repository.register_worker(self.info)
         try:
+            reconcile(self.repository)  # what a killed process of this host held is free at once
             with Heartbeat(self.repository, self.info.id, self.lease_seconds):
                 while not self.stopping.is_set():
                     worked = self.work_once(run_id=run_id, on_step=on_step)
-                    delivered = deliver_pending(self.repository, self.store, run_id=run_id)
+                    delivered = deliver_pending(
+                        self.repository, self.store, run_id=run_id, content_filter=self.content_filter
+                    )
                     self.repository.finish_runs()
                     summary = self.repository.run(run_id)
                     if on_progress is not None:
@@ -105,7 +114,24 @@ class Worker:
         if not steps:
             return False
         self._lane = steps[0].lane
-        report = self.executor.run(steps, on_step=on_step)
+
+        def on_row_step(done: int, total: int) -> None:
+            if on_step is not None:
+                on_step(done, total)
+            if self.stopping.is_set():
+                raise Stopped
+
+        try:
+            report = self.executor.run(steps, on_step=on_row_step)
+        except Stopped:
+            self._release(steps)
+            return False
+        except (StorageFull, StorageReadOnly):
+            self._release(steps)  # nobody's fault: they wait until there is room
+            raise
         if report.fenced:
             log.warning("results dropped: another worker held these steps", steps=list(report.fenced))
         return True
+
+    def _release(self, steps: Sequence[LeasedStep]) -> None:
+        self.repository.release([(step.id, step.token) for step in steps])

@@ -1,0 +1,218 @@
+"""The one place that chooses adapters: S3 or a folder, SQLite or PostgreSQL, Celery or the loop in this process."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from kontext_batch import editor
+from kontext_batch.errors import SettingsError
+from kontext_batch.lineage import migrate
+from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.operations.pictures import probe
+from kontext_batch.operations.registry import PillowOperations
+from kontext_batch.planning.listing import AdapterInfo, ModelInfo
+from kontext_batch.ports import ContentFilter, ModelRow, ObjectStore, WakeUps, WorkerInfo
+from kontext_batch.registry import SHIPPED, ModelEntry, Registry, shipped_folder, signature
+from kontext_batch.services.execute import Executor
+from kontext_batch.services.look import Looker
+from kontext_batch.services.prepare import Planner
+from kontext_batch.services.work import Worker
+from kontext_batch.settings import Settings
+from kontext_batch.storage.keys import ObjectKeys
+from kontext_batch.storage.router import open_store
+from kontext_batch.storage.uris import file_uri
+
+WORKSPACE = "kontext-out"
+DATABASE = "kontext.db"
+
+
+class NoWakeUps:
+    """`ports.WakeUps` of the embedded default: the loop in this process looks by itself."""
+
+    def wake(self, lanes: Mapping[str, int]) -> None:
+        """Nobody to ring."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandFilter:
+    """`ports.ContentFilter` by a command that reads the image on standard input and exits 0 to allow it."""
+
+    command: str
+    timeout: float = 120.0
+    """Seconds."""
+
+    def allows(self, data: bytes) -> bool:
+        """Raises `SettingsError` when the command cannot be run: nothing is delivered unseen."""
+        try:
+            done = subprocess.run(["sh", "-c", self.command], input=data, capture_output=True, timeout=self.timeout)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SettingsError(f"content_filter: {error}") from error
+        if done.returncode in (126, 127):
+            raise SettingsError(f"content_filter: {done.stderr.decode(errors='replace').strip()}")
+        return done.returncode == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """Everything that a command may need, put together for one workspace."""
+
+    settings: Settings
+    workspace: Path
+    repository: SqlRepository
+    store: ObjectStore
+    artifact_keys: ObjectKeys
+    registry: Registry
+    wake_ups: WakeUps
+    content_filter: ContentFilter | None
+    readable: tuple[str, ...]
+    writable: tuple[str, ...]
+
+    def planner(self) -> Planner:
+        """Plans recipes against this workspace."""
+        entries = self.registry.models
+        return Planner(
+            looker=Looker(
+                self.store,
+                self.repository,
+                partial(probe, max_pixels=self.settings.max_pixels),
+                self.settings.max_input_bytes,
+                self.readable,
+            ),
+            repository=self.repository,
+            models={
+                name: ModelInfo(name, entry.sha256, entry.native_area, entry.text_length, entry.licence)
+                for name, entry in entries.items()
+            },
+            adapters={name: AdapterInfo(name, entry.sha256) for name, entry in self.registry.adapters.items()},
+            filtered_models=frozenset(name for name, entry in entries.items() if entry.requires_filter),
+            has_filter=self.content_filter is not None,
+            writable=self.writable,
+            count_tokens=lambda model, prompt: editor.count_tokens(entries[model].path, prompt),
+            numeric_mode=editor.numeric_mode(self.settings.device, self.settings.dtype),
+            default_seconds=self.settings.gpu_seconds_per_image,
+            max_instances=self.settings.max_steps,
+        )
+
+    def worker(self) -> Worker:
+        """A worker in this process."""
+        process = psutil.Process()
+        engine_editor = editor.EngineEditor(
+            models={name: entry.path for name, entry in self.registry.models.items()},
+            adapters={name: entry.path for name, entry in self.registry.adapters.items()},
+            device=self.settings.device,
+            max_rows=self.settings.batch_rows,
+            max_pixels=self.settings.max_pixels,
+        )
+        info = WorkerInfo(
+            id=f"{socket.gethostname()}-{process.pid}-{uuid.uuid4().hex[:8]}",
+            host=socket.gethostname(),
+            pid=process.pid,
+            process_started=process.create_time(),
+            device=self.settings.device,
+            engine=engine_editor.describe(),
+        )
+        executor = Executor(
+            worker_id=info.id,
+            repository=self.repository,
+            store=self.store,
+            editor=engine_editor,
+            operations=PillowOperations(max_pixels=self.settings.max_pixels),
+            artifact_uri=self.artifact_keys,
+            max_input_bytes=self.settings.max_input_bytes,
+        )
+        return Worker(
+            info=info,
+            repository=self.repository,
+            store=self.store,
+            executor=executor,
+            lease_seconds=self.settings.lease_seconds,
+            batch_rows=self.settings.batch_rows,
+            content_filter=self.content_filter,
+        )
+
+    def close(self) -> None:
+        """Give the database's connections back."""
+        self.repository.close()
+
+
+def open_application(settings: Settings, *, workspace: Path, recipe_folder: Path | None = None) -> Application:
+    """Open, or make, a workspace. Raises `SettingsError` when it cannot be used.
+
+    `recipe_folder`: the folder that the recipe lies in; it may be read and delivered to, with all below it.
+    """
+    workspace = workspace.resolve()
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{workspace}: the workspace cannot be made ({error.strerror})") from error
+    url = settings.database_url or f"sqlite:///{workspace / DATABASE}"
+    migrate.upgrade(url)
+    own = [file_uri(workspace)] + ([] if recipe_folder is None else [file_uri(recipe_folder.resolve())])
+    objects = prefix_uri(settings.objects) if settings.objects else file_uri(workspace)
+    readable = (*own, *map(prefix_uri, settings.read_prefixes))
+    writable = (*own, *map(prefix_uri, settings.write_prefixes))
+    repository = SqlRepository(url)
+    registry = with_shipped(Registry.read(settings.models_file), settings.models_file)
+    rows = [ModelRow(name, entry.layout, entry.sha256, entry.licence) for name, entry in registry.models.items()]
+    repository.remember_models(rows)
+    return Application(
+        settings=settings,
+        workspace=workspace,
+        repository=repository,
+        store=open_store(
+            [*readable, objects],
+            [*writable, objects],
+            s3_endpoint=settings.s3_endpoint,
+            s3_region=settings.s3_region,
+        ),
+        artifact_keys=ObjectKeys(objects),
+        registry=registry,
+        wake_ups=NoWakeUps(),
+        content_filter=CommandFilter(settings.content_filter) if settings.content_filter else None,
+        readable=readable,
+        writable=writable,
+    )
+
+
+def prefix_uri(prefix: str) -> str:
+    """A prefix of the settings as a URI: a folder may be written as a path."""
+    return prefix if "://" in prefix else file_uri(Path(prefix).expanduser().resolve())
+
+
+def with_shipped(registry: Registry, file: Path) -> Registry:
+    """The registry with the shipped model; its hash is kept in `file` until the model's files change."""
+    folder = shipped_folder()
+    if not (folder / "model_index.json").is_file():
+        return registry
+    known = registry.models.get(SHIPPED)
+    if known is not None and known.path == folder and known.signature == signature(folder):
+        return registry
+    complete = registry.with_model(SHIPPED, model_entry(folder, licence="Apache-2.0"))
+    try:
+        complete.write(file)
+    except SettingsError:
+        pass  # a home folder that cannot be written to: hashed again next time
+    return complete
+
+
+def model_entry(folder: Path, *, licence: str = "", requires_filter: bool = False) -> ModelEntry:
+    """Check and hash the model at `folder`. Raises `SettingsError`."""
+    facts = editor.read_model(folder)
+    return ModelEntry(
+        path=folder,
+        sha256=facts.sha256,
+        signature=signature(folder),
+        layout=facts.layout,
+        native_area=facts.native_area,
+        text_length=facts.text_length,
+        licence=licence,
+        requires_filter=requires_filter,
+    )

@@ -1,0 +1,268 @@
+"""The one bridge to the engine: jobs of the services become requests of `engine.pipeline`, and back.
+
+The engine and torch are imported when the first batch is computed, so that planning and cached runs start at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+
+from kontext_batch.errors import InfrastructureError, SettingsError, StepError
+from kontext_batch.operations.pictures import encode_png, open_picture
+from kontext_batch.ports import EditJob, LoadedPicture, MadePicture, OnStep
+
+if TYPE_CHECKING:
+    from engine.latents import Latents
+    from engine.pipeline import EditRequest, EditResult, KontextEngine
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LIBRARIES = ("torch", "transformers", "safetensors", "pillow", "kontext-batch")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model folder says of itself."""
+
+    layout: str
+    sha256: str
+    native_area: int
+    text_length: int
+
+
+def read_model(path: Path) -> ModelFacts:
+    """Check the folder and hash its weights. Raises `SettingsError` with what is wrong with it."""
+    from engine.errors import EngineError
+    from engine.text import default_text_length
+    from engine.weights import find_model, fingerprint, read_json
+
+    try:
+        files = find_model(path)
+        tokenizer = read_json(files.t5_tokenizer / "tokenizer_config.json")
+        return ModelFacts(
+            layout=files.layout,
+            sha256=fingerprint(path),
+            native_area=files.config.native_area,
+            text_length=default_text_length(int(tokenizer.get("model_max_length", 0)), None),
+        )
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+
+
+def check_model(path: Path) -> None:
+    """Load the model whole, strictly. Raises `SettingsError` with what is wrong with it."""
+    from engine.errors import EngineError
+    from engine.pipeline import KontextEngine
+
+    try:
+        KontextEngine.load(path, device="cpu")
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+
+
+def convert_model(path: Path, target: Path) -> None:
+    """Write the model at `path`, of either layout, as a diffusers folder."""
+    from engine.errors import EngineError
+    from engine.pipeline import KontextEngine
+
+    try:
+        KontextEngine.load(path, device="cpu").save(target)
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+
+
+def hash_adapter(path: Path) -> str:
+    """sha256 that stands for an adapter file."""
+    from engine.weights import fingerprint
+
+    return fingerprint(path)
+
+
+@lru_cache(maxsize=4)
+def _t5_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def count_tokens(folder: Path, prompt: str) -> int:
+    """Tokens of a prompt as the T5 of the model at `folder` counts them, its end token included."""
+    return len(_t5_tokenizer(folder).encode(prompt).ids)
+
+
+def numeric_mode(device: str, dtype: DType) -> str:
+    """The dtype that results depend on: as set, else bfloat16 where a CUDA device will be used, else float32."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") or (device == "auto" and _has_cuda()) else "float32"
+
+
+def _has_cuda() -> bool:
+    """Whether the driver sees a device; asks the driver, since importing torch takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except OSError:
+        return False
+
+
+@dataclass(slots=True)
+class EngineEditor:
+    """`ports.Editor` over `engine.pipeline`. Keeps the model of the last lane loaded."""
+
+    models: Mapping[str, Path]
+    """Name in the registry -> folder."""
+    adapters: Mapping[str, Path]
+    device: str = "auto"
+    max_rows: int = 8
+    max_pixels: int = 100_000_000
+    _engine: KontextEngine | None = None
+    _loaded: tuple[str, str] | None = None
+    _adapted: tuple[tuple[str, float], ...] = field(default=())
+
+    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
+        """One result or error for each job, in order. What stops the whole batch is raised."""
+        import torch
+
+        from engine.errors import EngineError
+
+        engine = self._prepare(jobs[0].params)
+        results: list[MadePicture | Exception] = [StepError("not computed") for _ in jobs]
+        requests: list[EditRequest] = []
+        numbers: list[int] = []
+        for number, job in enumerate(jobs):
+            try:
+                requests.append(self._request(job))
+                numbers.append(number)
+            except StepError as error:
+                results[number] = error
+        try:
+            for index, made in engine.stream(requests, on_step=on_step):
+                job = jobs[numbers[index]]
+                if isinstance(made, EngineError):
+                    results[numbers[index]] = StepError(str(made))
+                else:
+                    results[numbers[index]] = _made(made, keep_latents=bool(job.params.get("keep_latents")))
+        except torch.OutOfMemoryError as error:
+            raise InfrastructureError(
+                f"the device ran out of memory with {len(requests)} images; lower batch_rows in the settings"
+            ) from error
+        return results
+
+    def describe(self) -> Mapping[str, Any]:
+        """Device and library versions, for the lineage."""
+        device = self.device if self._engine is None else str(self._engine.device)
+        return {"device": device, "libraries": {name: version(name) for name in LIBRARIES}}
+
+    def _prepare(self, params: Mapping[str, Any]) -> KontextEngine:
+        """The engine with the lane's model and adapters."""
+        import torch
+
+        from engine.errors import EngineError
+        from engine.pipeline import KontextEngine
+
+        wanted = (str(params["model"]), str(params["numeric_mode"]))
+        adapters = tuple((str(each["name"]), float(each["scale"])) for each in params["adapters"])
+        try:
+            if self._loaded != wanted or self._engine is None:
+                self._engine, self._adapted = None, ()
+                dtype = getattr(torch, wanted[1])
+                self._engine = KontextEngine.load(self.models[wanted[0]], device=self.device, dtype=dtype)
+                self._engine.max_rows = self.max_rows
+                self._loaded = wanted
+            if self._adapted != adapters:
+                self._engine.unload_adapters()
+                for name, scale in adapters:
+                    self._engine.load_adapter(self.adapters[name], scale=scale)
+                self._adapted = adapters
+        except EngineError as error:
+            self._loaded = None
+            raise StepError(str(error)) from error
+        return self._engine
+
+    def _request(self, job: EditJob) -> EditRequest:
+        from engine.pipeline import EditRequest
+
+        params = job.params
+        target = params["target"]
+        canvas = next((each for each in job.pictures if each.role == "image"), None)
+        references = sorted((each for each in job.pictures if each.role == "reference"), key=lambda each: each.position)
+        return EditRequest(
+            prompt=params["prompt"],
+            image=None if canvas is None else self._canvas(canvas, params["canvas"]),
+            references=[
+                self._fitted(each, {**size, "fit": "pad"})
+                for each, size in zip(references, params.get("references", ()), strict=True)
+            ],
+            width=target["width"],
+            height=target["height"],
+            steps=params["steps"],
+            guidance=params["guidance"],
+            seed=params["seed"],
+            negative_prompt=params["negative_prompt"],
+            true_cfg_scale=params["true_cfg_scale"],
+            reference_layout=params.get("reference_layout") or "offset",
+        )
+
+    def _canvas(self, picture: LoadedPicture, how: Mapping[str, Any]) -> Image.Image | Latents:
+        """The canvas, undecoded where its parent handed its latents on."""
+        if picture.latents is not None:
+            return _read_latents(picture.latents)
+        return self._fitted(picture, how)
+
+    def _fitted(self, picture: LoadedPicture, how: Mapping[str, Any]) -> Image.Image:
+        """The picture on its canvas: whole in a box of it, or a box of the picture filling it; never stretched."""
+        try:
+            image = open_picture(picture.data, max_pixels=self.max_pixels)
+        except StepError as error:
+            raise StepError(f"{picture.role}: {error}") from error
+        size, box = (how["width"], how["height"]), how["box"]
+        x, y, width, height = box["x"], box["y"], box["width"], box["height"]
+        ground = Image.new("RGB", size, how["background"])
+        if how["fit"] == "crop":
+            image = image.crop((x, y, x + width, y + height))
+            x, y, width, height = 0, 0, *size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        ground.paste(image, (x, y), image if image.mode == "RGBA" else None)
+        return ground
+
+
+def _made(result: EditResult, *, keep_latents: bool) -> MadePicture:
+    return MadePicture(
+        data=encode_png(result.image),
+        media_type="image/png",
+        width=result.width,
+        height=result.height,
+        timings=result.timings,
+        latents=_write_latents(result) if keep_latents else None,
+    )
+
+
+def _write_latents(result: EditResult) -> bytes:
+    from safetensors.torch import save
+
+    size = {"width": str(result.width), "height": str(result.height)}
+    return save({"latents": result.latents.contiguous()}, metadata=size)
+
+
+def _read_latents(data: bytes) -> Latents:
+    from safetensors.torch import load
+
+    from engine.latents import Latents
+
+    length = int.from_bytes(data[:8], "little")
+    size = json.loads(data[8 : 8 + length])["__metadata__"]
+    return Latents(load(data)["latents"], int(size["width"]), int(size["height"]))

@@ -1,0 +1,165 @@
+"""From a recipe to a plan with reasons, and from a plan to a run. Nothing is paid for here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kontext_batch.errors import PlanRefused
+from kontext_batch.planning.explain import Explained, explain
+from kontext_batch.planning.limits import budget_reasons, changed_inputs, changed_models, sources
+from kontext_batch.planning.listing import AdapterInfo, ModelInfo
+from kontext_batch.planning.params import SAMPLING
+from kontext_batch.planning.plan import Axes, Plan
+from kontext_batch.planning.planner import plan_recipe
+from kontext_batch.planning.states import LIVE, StepState
+from kontext_batch.ports import NewRun, Repository, StoredInstance, WakeUps
+from kontext_batch.recipes.loader import Recipe
+from kontext_batch.services.look import Looker, base_of
+
+InstanceId = tuple[str, Axes, int]
+"""Node, axes and candidate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The part of a recipe that is asked for."""
+
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Axis, or `axis.column`, -> values."""
+    limit: int | None = None
+    """The first so many outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan, what becomes of each of its instances, and what stands against it."""
+
+    plan: Plan
+    explained: tuple[Explained, ...]
+    refusals: tuple[str, ...]
+    source: str
+    """URI of the recipe, or of the plan file."""
+    text: str
+    selection: Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans recipes against a workspace."""
+
+    looker: Looker
+    repository: Repository
+    models: Mapping[str, ModelInfo]
+    adapters: Mapping[str, AdapterInfo]
+    filtered_models: frozenset[str]
+    """Models whose licence requires a content filter."""
+    has_filter: bool
+    writable: tuple[str, ...]
+    """Prefixes that recipes may deliver to."""
+    count_tokens: Callable[[str, str], int]
+    numeric_mode: str
+    default_seconds: float | None
+    max_instances: int
+
+    def from_recipe(
+        self,
+        uri: str,
+        *,
+        shown: str,
+        selection: Selection | None = None,
+        takes: Mapping[InstanceId, int] | None = None,
+    ) -> Prepared:
+        """Plan the recipe at `uri`. Raises `RecipeError` and `PlanRefused` (too many instances)."""
+        chosen = selection or Selection()
+        recipe, text = self.looker.recipe(uri, shown=shown)
+        base = base_of(uri)
+        previous = self.repository.latest_instances(recipe.name)
+        plan = plan_recipe(
+            recipe,
+            self.looker.listed(recipe, base),
+            self.models,
+            base=base,
+            adapters=self.adapters,
+            allowed_outputs=self.writable,
+            count_tokens=self.count_tokens,
+            lane_seconds=self.repository.lane_seconds(),
+            default_seconds=self.default_seconds,
+            takes={**earlier_takes(previous), **(takes or {})},
+            only=chosen.only,
+            limit=chosen.limit,
+            numeric_mode=self.numeric_mode,
+            max_instances=self.max_instances,
+        )
+        return self._prepared(plan, previous, uri, text, chosen, recipe)
+
+    def from_plan(self, plan: Plan, uri: str) -> Prepared:
+        """Take a stored plan as it is; an input or a model that has changed since stands against it."""
+        previous = self.repository.latest_instances(plan.recipe)
+        current = self.looker.current(sources(plan))
+        changes = (*changed_inputs(plan, current), *changed_models(plan, self.models))
+        prepared = self._prepared(plan, previous, uri, "", Selection(), None)
+        return dataclasses.replace(prepared, refusals=(*changes, *prepared.refusals))
+
+    def _prepared(
+        self,
+        plan: Plan,
+        previous: Mapping[InstanceId, StoredInstance],
+        source: str,
+        text: str,
+        selection: Selection,
+        recipe: Recipe | None,
+    ) -> Prepared:
+        states = self.repository.step_states([step.key for step in plan.steps])
+        done = frozenset(key for key, state in states.items() if state is StepState.DONE)
+        live = frozenset(key for key, state in states.items() if state in LIVE)
+        explained = explain(plan, previous, done=done, live=live, recipe=recipe)
+        refusals = (*budget_reasons(plan, done=done), *self._unfiltered(plan))
+        return Prepared(plan, explained, refusals, source, text, selection)
+
+    def _unfiltered(self, plan: Plan) -> tuple[str, ...]:
+        if self.has_filter:
+            return ()
+        used = {str(step.params["model"]) for step in plan.steps if step.operation in SAMPLING}
+        return tuple(
+            f"the licence of model '{name}' requires a content filter before delivery and none is configured; "
+            "set content_filter in the settings"
+            for name in sorted(used & self.filtered_models)
+        )
+
+
+def earlier_takes(previous: Mapping[InstanceId, StoredInstance]) -> dict[InstanceId, int]:
+    """Takes that were asked for before stand until another is."""
+    return {instance: stored.take for instance, stored in previous.items() if stored.take > 0}
+
+
+def submit(
+    repository: Repository,
+    wake_ups: WakeUps,
+    prepared: Prepared,
+    *,
+    trigger: str,
+    priority: int = 0,
+) -> int:
+    """Store the run and ring the workers; returns the run's id. Raises `PlanRefused` with everything against it."""
+    if prepared.refusals:
+        raise PlanRefused(prepared.refusals)
+    plan = prepared.plan
+    run = NewRun(
+        recipe=plan.recipe,
+        recipe_sha256=plan.recipe_sha256,
+        recipe_text=prepared.text,
+        source=prepared.source,
+        owner=plan.owner,
+        trigger=trigger,
+        priority=priority,
+        selection={"only": {k: list(v) for k, v in prepared.selection.only.items()}, "limit": prepared.selection.limit},
+        budget=dict(plan.budget),
+    )
+    run_id = repository.create_run(run, plan)
+    lanes: dict[str, int] = {}
+    for step in plan.steps:
+        lanes[step.lane] = lanes.get(step.lane, 0) + 1
+    wake_ups.wake(lanes)
+    return run_id
