@@ -16,6 +16,7 @@ from PIL import Image
 from engine import geometry
 from engine.errors import ConfigError, EngineError, NonFiniteError, RequestError
 from engine.latents import Latents, context_ids, draw_noise, image_to_tensor, pack, tensor_to_image, unpack
+from engine.layers import clip_half
 from engine.pipeline import EditRequest, EditResult, KontextEngine, choose_device
 from engine.text import default_text_length
 from tests.engine.conftest import CASE
@@ -383,6 +384,19 @@ def test_text_length_comes_from_the_tokenizer(model_folder: Path) -> None:
 def test_text_length_changes_the_result(engine: KontextEngine) -> None:
     longer = KontextEngine.load(CASE / "model", device="cpu", text_length=40)
     assert worst(longer.edit([REQUEST])[0].latents, engine.edit([REQUEST])[0].latents) > 1e-3
+
+
+def test_tokens_are_counted_with_the_end_token(engine: KontextEngine) -> None:
+    for prompt in ("", "a mug", "make the mug red"):
+        padded = engine.text.t5_tokenizer(prompt, padding="max_length", max_length=32).input_ids
+        assert engine.text.count_tokens(prompt) == 32 - padded.count(0)
+    assert engine.text.count_tokens("") == 1
+
+
+def test_fp16_activations_stay_finite() -> None:
+    x = torch.tensor([math.inf, -math.inf, 1.0])
+    assert clip_half(x.half()).tolist() == [65504.0, -65504.0, 1.0]
+    assert clip_half(x) is x
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
