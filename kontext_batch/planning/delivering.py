@@ -10,7 +10,7 @@ from kontext_batch.planning import uris
 from kontext_batch.planning.making import Made, Making, readable
 from kontext_batch.planning.nodes import FromStep, Nodes
 from kontext_batch.planning.plan import Origin, PlannedDelivery
-from kontext_batch.planning.points import FullPoint, project
+from kontext_batch.planning.points import FullPoint, projection
 from kontext_batch.planning.values import AtPoint, Point, Text, Value
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.references import parse_template
@@ -49,9 +49,10 @@ class Delivering:
             made, path = parse_template(output.from_), parse_template(output.to)
             axes = self.nodes.positions(scope.in_order(scope.axes_of(made) | scope.axes_of(path)))
             alternatives = [each for each in self.nodes.alternatives(made) if isinstance(each, FromStep)]
+            project = projection(axes)
             firsts: dict[Point, FullPoint] = {}
             for point in points:
-                firsts.setdefault(project(point, axes), point)
+                firsts.setdefault(project(point), point)
             for point in firsts.values():
                 step = next((each.step for each in alternatives if self.nodes.exists(self.nodes[each.step], point)), "")
                 if step:
@@ -73,7 +74,7 @@ class Delivering:
         origins = [Origin(self.recipe.file, mark.line, mark.column) for mark in marks]
         for want in wants:
             node = self.nodes[want.step]
-            made = making.made[want.step].get(project(want.point, node.axes))
+            made = making.made[want.step].get(node.project(want.point))
             if made is None:
                 continue
             for one in readable(node, made):

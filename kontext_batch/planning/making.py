@@ -14,13 +14,16 @@ from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.planning.nodes import FromStep, Node, Nodes
 from kontext_batch.planning.params import SAMPLING, lane_of, step_key
 from kontext_batch.planning.plan import Axes, ImageInfo, Instance, PlannedStep, StepInput
-from kontext_batch.planning.points import FullPoint, project
+from kontext_batch.planning.points import FullPoint
 from kontext_batch.planning.values import AtPoint, Point
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.source import Path
 
 MAX_CELLS = 1_000
 """Pictures on one contact sheet."""
+
+# The values below are made once or more for each of 100,000 instances. They are not frozen, because setting a field of
+# a frozen one costs five times as much; nothing changes them.
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class World:
     takes: Mapping[tuple[str, Axes, int], int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Made:
     """One finished instance, as its readers see it."""
 
@@ -49,7 +52,7 @@ class Made:
     instance: Instance
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class MadeSet:
     """All candidates of a step at one point."""
 
@@ -68,7 +71,7 @@ class MadeSet:
         return self.made[index * self.own + own - 1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Picture:
     """A picture that an instance reads, found."""
 
@@ -87,7 +90,7 @@ class Picture:
         return self.made.shape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Found:
     """What a picture use stands for at a point, all candidates together."""
 
@@ -110,7 +113,7 @@ class Job:
     pictures: tuple[Picture, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Result:
     """What an operation's planner says of one job."""
 
@@ -232,7 +235,7 @@ class Making:
                     continue
                 if isinstance(chosen, FromStep):
                     parent = self.nodes[chosen.step]
-                    key = project(each, parent.axes)
+                    key = parent.project(each)
                     if node.is_sheet:
                         if (chosen.step, key) in seen:
                             continue

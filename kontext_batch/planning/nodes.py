@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kontext_batch.planning.listing import Listed
 from kontext_batch.planning.plan import ImageInfo, Origin
-from kontext_batch.planning.points import FullPoint, Test, project
+from kontext_batch.planning.points import FullPoint, Projection, Test, projection
 from kontext_batch.planning.values import Point, Text, Texts
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.references import Template
@@ -53,6 +53,8 @@ class Node:
     step: AnyStep
     axes: tuple[int, ...]
     """Positions of its axes in a point."""
+    project: Projection
+    """The values of a point on these axes."""
     pictures: tuple[PictureUse, ...]
     texts: Mapping[str, Text]
     conditions: tuple[Test, ...]
@@ -91,6 +93,7 @@ class Nodes(Mapping[str, Node]):
         recipe = self.recipe
         step = recipe.document.steps[name]
         mark = recipe.source.mark(("steps", name), key=True)
+        axes = self.positions(recipe.scope.steps[name].axes)
         pictures = tuple(
             PictureUse(role, self.alternatives(use.template), use.path) for role, use in picture_uses(name, step)
         )
@@ -105,7 +108,8 @@ class Nodes(Mapping[str, Node]):
         return Node(
             name=name,
             step=step,
-            axes=self.positions(recipe.scope.steps[name].axes),
+            axes=axes,
+            project=projection(axes),
             pictures=pictures,
             texts=texts,
             conditions=conditions,
@@ -146,7 +150,7 @@ class Nodes(Mapping[str, Node]):
         """Whether a step has an instance at a point: its `if` holds and every picture that it reads exists."""
         if node.always:
             return True
-        key = project(point, node.axes)
+        key = node.project(point)
         known = node.known.get(key)
         if known is None:
             known = all(test(point) for test in node.conditions) and (
@@ -173,7 +177,7 @@ class Nodes(Mapping[str, Node]):
 
     def cells(self, node: Node, point: FullPoint) -> list[FullPoint]:
         """The points that a contact sheet shows: all that agree with it on the sheet's own axes."""
-        return self.groups[node.name][project(point, node.axes)]
+        return self.groups[node.name][node.project(point)]
 
     def group(self, points: list[FullPoint]) -> None:
         """Make `cells` of these points."""
@@ -181,4 +185,4 @@ class Nodes(Mapping[str, Node]):
             if node.is_sheet:
                 groups = self.groups[node.name] = {}
                 for point in points:
-                    groups.setdefault(project(point, node.axes), []).append(point)
+                    groups.setdefault(node.project(point), []).append(point)

@@ -19,7 +19,7 @@ from kontext_batch.planning.making import Making, World
 from kontext_batch.planning.nodes import FromStep, Node, Nodes
 from kontext_batch.planning.operations import planner_for
 from kontext_batch.planning.plan import Axes, Plan
-from kontext_batch.planning.points import FullPoint, Points, project
+from kontext_batch.planning.points import FullPoint, Points
 from kontext_batch.planning.values import AtPoint, Point, Texts
 from kontext_batch.recipes.loader import Recipe
 
@@ -122,7 +122,7 @@ def _needs(nodes: Nodes, wants: Sequence[Want], order: Mapping[FullPoint, int]) 
 
 
 def _need(node: Node, point: FullPoint, needs: dict[str, dict[Point, FullPoint]]) -> None:
-    needs[node.name].setdefault(project(point, node.axes), point)
+    needs[node.name].setdefault(node.project(point), point)
 
 
 def _notes(recipe: Recipe, listed: Listed, needs: Mapping[str, Mapping[Point, FullPoint]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kontext_batch.errors import PlanRefused, Problem
@@ -186,6 +187,14 @@ class Points:
         self.problems.append(self.recipe.problem(path, message))
 
 
-def project(point: Point, positions: Sequence[int]) -> Point:
-    """The values of a point on some of its axes."""
-    return tuple([point[position] for position in positions])
+Projection = Callable[[FullPoint], Point]
+
+
+def projection(positions: Sequence[int]) -> Projection:
+    """The values of a point at some positions; taken often, so in C where it can be."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    if positions:
+        position = positions[0]
+        return lambda point: (point[position],)
+    return lambda point: ()
