@@ -131,8 +131,8 @@ class Nodes(Mapping[str, Node]):
             target = scope.resolve(name)
             if target.kind == "step":
                 found.append(FromStep(target.owner))
-            elif target.kind == "file":
-                found.append(FromFile(scope.axes.index(target.owner), target.field))
+            elif target.kind in ("file", "axis"):  # an axis: of a glob, whose values are files
+                found.append(FromFile(scope.axes.index(target.owner), target.field or "file"))
             else:
                 found.append(self.listed.logos[target.owner])
         return tuple(found)

@@ -293,10 +293,10 @@ class _Finish:
         name, path = _text(job, "channel")
         if name is None:
             return None
-        brand = self.making.recipe.brand.channels
-        if name in brand:
-            return brand[name]
-        raise Fault(path, f"unknown channel '{name}'{nearest(name, brand)}")
+        known = self.making.recipe.scope.channels
+        if name in known:
+            return known[name]
+        raise Fault(path, f"unknown channel '{name}'{nearest(name, known)}")
 
     def size(
         self, job: Job, channel: Channel | None, shape: Shape | None, image: Path

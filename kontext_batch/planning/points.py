@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from kontext_batch.errors import PlanRefused, Problem
 from kontext_batch.planning.listing import Listed
 from kontext_batch.planning.values import AtPoint, Lookup, Point, Texts, Value, input_value
+from kontext_batch.recipes.channels import CHANNEL_AXIS
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.references import nearest
 from kontext_batch.recipes.schema import Channel
@@ -31,7 +32,7 @@ def axis_values(recipe: Recipe, listed: Listed) -> Mapping[str, Mapping[str, Val
             continue
         values: dict[str, Value] = {}
         for key, fields in scope.values[axis].items():
-            channel: Channel | None = recipe.brand.channels.get(key) if scope.is_brand_channel(axis) else None
+            channel: Channel | None = scope.channels.get(key) if axis == CHANNEL_AXIS else None
             values[key] = Value(axis, key, fields, channel=channel)
         found[axis] = values
     return found

@@ -13,10 +13,11 @@ from kontext_batch.errors import Problem
 from kontext_batch.planning.listing import Row
 from kontext_batch.planning.plan import ImageInfo
 from kontext_batch.planning.uris import Piece
+from kontext_batch.recipes.channels import CHANNEL_FIELDS
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.references import Reference, Template, parse_template
 from kontext_batch.recipes.schema import Channel, GlobInput
-from kontext_batch.recipes.scope import CHANNEL_FIELDS, Target, channel_field
+from kontext_batch.recipes.scope import Target, channel_field
 from kontext_batch.recipes.source import Path
 from kontext_batch.recipes.tables import unknown_column
 

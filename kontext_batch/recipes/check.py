@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from kontext_batch.errors import Problem
 from kontext_batch.recipes.brand import Brand
+from kontext_batch.recipes.channels import CHANNEL_AXIS, own_channels
 from kontext_batch.recipes.fields import parse_color, parse_frame, parse_size
 from kontext_batch.recipes.references import Template, TemplateError, nearest, parse_template
-from kontext_batch.recipes.schema import AnyStep, ContactSheetStep, Not, RecipeDocument, TableInput
+from kontext_batch.recipes.schema import AnyStep, ContactSheetStep, GlobInput, Not, RecipeDocument, TableInput
 from kontext_batch.recipes.scope import (
-    CHANNEL_FIELDS,
     PICTURES,
     RESERVED,
     Cycle,
@@ -28,7 +28,6 @@ from kontext_batch.recipes.written import written_texts
 
 Values = dict[str, dict[str, dict[str, str]]]
 
-_TEMPLATES: tuple[tuple[str, ...], ...] = (("vars",), ("texts",), ("inputs",), ("matrix",), ("steps",), ("outputs",))
 _OPAQUE_PREFIX = {"vars": "vars.", "texts": "text."}
 
 
@@ -54,9 +53,12 @@ class _Check:
         self.syntax()
         opaque = {f"{_OPAQUE_PREFIX.get(str(path[0]), '')}{path[1]}" for path in self.faulty}
         self.values, self.included = self.matrix_values()
+        own, found = own_channels(self.values.get(CHANNEL_AXIS, {}), brand, source)
+        self.problems += found
         self.scope = Scope(
             document,
             brand,
+            channels={**brand.channels, **own},
             axes=tuple(dict.fromkeys([*document.inputs, *self.values])),
             values=self.values,
             included=self.included,
@@ -93,7 +95,7 @@ class _Check:
             try:
                 target = self.scope.resolve(name)
             except UnknownName as error:
-                what = "step" if allow in (_picture_only, _step_only) and "." not in name else error.what
+                what = "step" if allow in (self.picture_only, _step_only) and "." not in name else error.what
                 self.tell(use.path, f"unknown {what} '{error.name}'{nearest(error.name, error.known)}{error.hint}")
                 fine = False
                 continue
@@ -177,12 +179,11 @@ class _Check:
                 if self.use(use, _text_only) and (foreign := self.scope.axes_of(use.template) - own):
                     which = f"columns of '{axis}'" if own else "no axis"
                     self.tell(use.path, f"files may name {which}, not {_list(foreign)}")
-        for axis, written in document.matrix.axes.items():
+        for axis in document.matrix.axes:
             if ("matrix", axis) in self.faulty:
                 continue
-            plain = not isinstance(written, Mapping)
             for value, fields in self.values[axis].items():
-                if self.scope.is_brand_channel(axis) and not fields and (plain or value in self.included[axis]):
+                if axis == CHANNEL_AXIS and not fields:
                     self.channel_name(value, self.value_path(axis, value))
                 if value in self.included[axis]:
                     continue  # looked at with the points
@@ -201,9 +202,10 @@ class _Check:
         )
 
     def channel_name(self, name: str, path: Path) -> None:
-        if name not in self.brand.channels and not self.brand.opaque:
+        known = self.scope.channels
+        if name not in known and not self.brand.opaque:
             hint = "" if self.document.import_ else " (the recipe imports no brand file)"
-            self.tell(path, f"unknown channel '{name}'{nearest(name, self.brand.channels)}{hint}")
+            self.tell(path, f"unknown channel '{name}'{nearest(name, known)}{hint}")
 
     # ----------------------------------------------------------------------------------------------------- steps
 
@@ -218,13 +220,20 @@ class _Check:
                     continue
                 if use.template.whole.filters:
                     self.tell(use.path, "filters make texts; a picture has none")
-                self.use(use, _picture_only)
+                self.use(use, self.picture_only)
                 for target in self.targets(use):
                     if target.kind == "step" and target.owner in sound:
                         parents[target.owner] = None
             graph[name] = tuple(parents)
         for name in self.sorted(graph):
             self.scope.steps = {**self.scope.steps, name: self.step(name, sound[name], graph[name])}
+
+    def picture_only(self, target: Target) -> str | None:
+        if target.kind == "axis":
+            # The value of a glob is a file.
+            is_file = isinstance(self.document.inputs.get(target.owner), GlobInput)
+            return None if is_file else "is a value; name one of its files"
+        return None if target.kind in PICTURES else "is a text; here a picture is wanted"
 
     def targets(self, use: Use) -> Iterator[Target]:
         for name in use.template.names:
@@ -306,9 +315,7 @@ class _Check:
         if any(not isinstance(part, str) for part in template.parts):
             return
         if field_name == "channel":
-            inline = self.values.get("channel", {}) if "channel" in self.values else {}
-            if template.text not in inline:
-                self.channel_name(template.text, use.path)
+            self.channel_name(template.text, use.path)
         parse = _LITERALS.get(field_name)
         if parse is not None:
             try:
@@ -418,12 +425,6 @@ def _path_only(target: Target) -> str | None:
     return "is a picture; a path is made of texts" if target.kind in PICTURES else None
 
 
-def _picture_only(target: Target) -> str | None:
-    if target.kind == "axis":
-        return "is a value; name one of its files"
-    return None if target.kind in PICTURES else "is a text; here a picture is wanted"
-
-
 def _step_only(target: Target) -> str | None:
     return None if target.kind == "step" else "is no step; only what a step made is delivered"
 
@@ -440,6 +441,3 @@ def _cycle(graph: Mapping[str, tuple[str, ...]], done: Collection[str]) -> list[
         path.append(at)
         at = next(parent for parent in graph[at] if parent not in done)
     return path[path.index(at) :]
-
-
-__all__ = ["CHANNEL_FIELDS", "build_scope"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kontext_batch.recipes.brand import Brand
+from kontext_batch.recipes.channels import CHANNEL_AXIS, CHANNEL_FIELDS
 from kontext_batch.recipes.references import FILTERS, Template, parse_template
 from kontext_batch.recipes.schema import (
     AnyStep,
@@ -28,9 +29,7 @@ from kontext_batch.recipes.source import Path
 RESERVED = frozenset({"brand", "vars", "text", "ext", "candidate", "source", "keep", *FILTERS})
 """Words of the language; no axis and no step may be called so."""
 
-CHANNEL_AXIS = "channel"
 GLOB_FIELDS = ("file", "stem", "name")
-CHANNEL_FIELDS = tuple(Channel.model_fields)
 
 Kind = Literal["axis", "field", "file", "brand", "logo", "var", "text", "step", "prompt", "ext", "candidate", "opaque"]
 PICTURES: frozenset[str] = frozenset({"step", "file", "logo", "opaque"})
@@ -82,6 +81,8 @@ class Scope:
     """Matrix axis -> value -> its fields, with what `include` adds at the end."""
     included: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Matrix axis -> values that only `include` has."""
+    channels: Mapping[str, Channel] = field(default_factory=dict)
+    """Those of the brand files and the recipe's own."""
     steps: Mapping[str, StepScope] = field(default_factory=dict)
     """In an order in which parents come before children."""
     opaque: frozenset[str] = frozenset()
@@ -158,7 +159,7 @@ class Scope:
         if not rest:
             return Target("axis", axis)
         known = {name for fields in self.values[axis].values() for name in fields}
-        if self.is_brand_channel(axis):
+        if axis == CHANNEL_AXIS:
             known |= set(CHANNEL_FIELDS)
         if rest not in known:
             raise UnknownName(f"field of '{axis}'", rest, known)
@@ -170,10 +171,6 @@ class Scope:
         if rest == "prompt" and hasattr(self.document.steps[step], "prompt"):
             return Target("prompt", step)
         raise UnknownName(f"part of step '{step}'", rest, ("prompt",))
-
-    def is_brand_channel(self, axis: str) -> bool:
-        """Whether plain names on this axis are channels of the brand files."""
-        return axis == CHANNEL_AXIS and axis in self.values
 
     # ------------------------------------------------------------------------------------------------------- axes
 

@@ -108,7 +108,7 @@ def _tell(
     fault: Mapping[str, Any],
     keys: Mapping[int, tuple[str, ...]],
 ) -> Problem:
-    kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
+    kind, value = fault["type"], fault["input"]
     if kind == "extra_forbidden":
         around = _at(source.data, path[:-1])
         known = keys.get(id(around), ())
@@ -122,7 +122,15 @@ def _tell(
         return source.problem(path, LOST)
     # A mapping begins in the line after its key; it is the key that one looks for.
     key = "[key]" in fault["loc"] or isinstance(value, dict)
-    return source.problem(path, _MESSAGES.get(kind, _other)(value, context, fault), key=key)
+    return source.problem(path, told_value(fault), key=key)
+
+
+def told_value(fault: Mapping[str, Any]) -> str:
+    """pydantic's finding in an author's words."""
+    if fault["type"] == "missing":
+        return f"'{fault['loc'][-1]}' is missing"
+    message: str = _MESSAGES.get(fault["type"], _other)(fault["input"], fault.get("ctx", {}), fault)
+    return message
 
 
 def _at(data: Any, path: Path) -> Any:

@@ -576,6 +576,36 @@ outputs: [{from: "${clean}", to: "out/${item}.png"}]
     """)
 
 
+def test_rule_13_a_recipe_may_bring_channels_of_its_own() -> None:
+    made = plan(
+        """
+inputs: {photo: {glob: "photos/*.jpg"}}
+matrix:
+  channel:
+    square: {mood: calm}
+    mail: {size: 600x300, quality: 70, format: jpeg, max_upscale: 1.5, mood: loud}
+defaults: {edit: {model: kontext}}
+steps:
+  staged: {op: edit, image: "${photo}", frame: "${channel.size}", prompt: "Make it ${channel.mood}."}
+  finish: {op: finish, image: "${staged}", channel: "${channel}"}
+outputs: [{from: "${finish}", to: "out/${photo}_${channel}.${ext}"}]
+""",
+        files={"photos/A.jpg": (2000, 2000)},
+    )
+    assert tree(made) == text("""
+        staged A square <- photos/A.jpg
+        staged A mail <- photos/A.jpg
+        finish A square <- staged A square
+        finish A mail <- staged A mail
+        out/A_square.jpg <= finish A square
+        out/A_mail.jpg <= finish A mail
+    """)
+    assert params_of(made, "staged A mail")["prompt"] == "Make it loud."
+    assert params_of(made, "staged A mail")["target"] == {"width": 1456, "height": 720}
+    assert params_of(made, "finish A mail")["quality"] == 70
+    assert params_of(made, "finish A square")["background"] == "#EEEEEE"
+
+
 # --------------------------------------------------------------------------------------------- 14: tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,25 @@ FAULTS = {
     "unknown channel": (
         [("channel: [square, hero]", "channel: [square, heor]")],
         ["small.yaml:18:21 matrix.channel[1]: unknown channel 'heor'; did you mean 'hero'?"],
+    ),
+    "an own channel that is none": (
+        [
+            (
+                "channel: [square, hero]",
+                "channel: {square: {size: 9x9}, mail: {size: big, quality: x}, post: {fit: pad}}",
+            )
+        ],
+        [
+            "small.yaml:18:22 matrix.channel.square.size: 'square' is a channel of the brand, whose file says its size",
+            "small.yaml:18:47 matrix.channel.mail.size: 'big' is no size;"
+            " write width x height in pixels, as in 1920x1080",
+            "small.yaml:18:61 matrix.channel.mail.quality: a whole number is wanted here, not 'x'",
+            "small.yaml:18:71 matrix.channel.post: 'size' is missing",
+        ],
+    ),
+    "a channel without fields is one of the brand": (
+        [("channel: [square, hero]", "channel: {square: {}, heor: }")],
+        ["small.yaml:18:31 matrix.channel.heor: unknown channel 'heor'; did you mean 'hero'?"],
     ),
     "unknown operation": (
         [("op: finish", "op: finsh")],
@@ -312,6 +332,13 @@ def test_two_brand_files_may_not_define_one_name() -> None:
     assert problems(text, files={"more.yaml": 'kind: brand\ncolors: {red: "#000000", blue: "#0000FF"}\n'}) == [
         "more.yaml:2:10 colors.red: 'red' is defined in brand.yaml:2 already"
     ]
+
+
+@pytest.mark.parametrize("text", [RECIPE, (EXAMPLES / "spring-hero.yaml").read_text(encoding="utf-8")])
+def test_a_document_written_out_and_read_again_is_the_same(text: str) -> None:
+    document = load(text, files={"brand-acme.yaml": (EXAMPLES / "brand-acme.yaml").read_text()}).document
+    again = json.dumps(document.model_dump(by_alias=True, exclude_defaults=True, exclude_none=True) | {"version": 1})
+    assert load(again, files={"brand-acme.yaml": (EXAMPLES / "brand-acme.yaml").read_text()}).document == document
 
 
 def test_keys_of_the_authors_own_are_free() -> None:
