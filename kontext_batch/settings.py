@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     """Of the transformer and the text encoders; `auto` is bfloat16 on cuda, else float32."""
     batch_rows: PositiveInt = 8
     """Most images sampled at once; bounds the memory of a step."""
-    lease_seconds: float = Field(60.0, ge=30.0)
+    lease_seconds: float = Field(default=60.0, ge=30.0)
     """How long a worker may be silent before its steps go to another. A SQLite writer was seen to wait 3.5 s."""
     cache_limit: PositiveInt = 20 * 10**9
     """Bytes of artifacts to keep in a workspace; above it `gc` removes what can be computed again, oldest first."""

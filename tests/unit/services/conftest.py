@@ -1,0 +1,130 @@
+"""A workspace on SQLite and a folder, a recipe with two photos, and an editor that needs no model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageOps
+
+from kontext_batch.bootstrap import Application, open_application
+from kontext_batch.operations.pictures import encode_png
+from kontext_batch.ports import EditJob, MadePicture, OnStep
+from kontext_batch.registry import ModelEntry, Registry
+from kontext_batch.services.prepare import Prepared, submit
+from kontext_batch.services.work import Worker
+from kontext_batch.settings import Settings
+from kontext_batch.storage.uris import file_uri
+
+RECIPE = """\
+version: 1
+name: shop
+owner: studio@acme.example
+inputs:
+  item: {glob: "photos/*", on_missing: skip}
+matrix:
+  scene: {beach: {place: a beach}, snow: {place: deep snow}}
+steps:
+  clean:
+    op: edit
+    model: toy
+    image: ${item.file}
+    prompt: Remove the background.
+  staged:
+    op: edit
+    model: toy
+    image: ${clean}
+    prompt: Change the background to ${scene.place}.
+  finish:
+    op: finish
+    image: ${staged}
+    size: 32x32
+    format: png
+outputs:
+  - {from: "${finish}", to: "out/${item}_${scene}.${ext}", if_exists: version}
+"""
+
+
+@dataclass
+class ToyEditor:
+    """Inverts the canvas; counts what it is asked for and fails as told."""
+
+    jobs: list[Mapping[str, Any]] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    fault: Callable[[EditJob], Exception | None] = lambda job: None
+    stops_everything: Exception | None = None
+
+    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
+        self.batches.append(len(jobs))
+        if self.stops_everything is not None:
+            raise self.stops_everything
+        results: list[MadePicture | Exception] = []
+        for number, job in enumerate(jobs, start=1):
+            self.jobs.append(job.params)
+            fault = self.fault(job)
+            results.append(fault if fault is not None else self._make(job))
+            if on_step is not None:
+                on_step(number, len(jobs))
+        return results
+
+    def _make(self, job: EditJob) -> MadePicture:
+        size = (job.params["target"]["width"], job.params["target"]["height"])
+        canvas = next(picture for picture in job.pictures if picture.role == "image")
+        image = ImageOps.invert(Image.open(io.BytesIO(canvas.data)).convert("RGB")).resize(size)
+        image.putpixel((0, 0), (len(job.params["prompt"]) % 256, 0, 0))
+        return MadePicture(encode_png(image), "image/png", *size)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"device": "cpu", "libraries": {"toy": "1"}}
+
+
+@dataclass
+class Studio:
+    """A recipe folder with its application."""
+
+    folder: Path
+    app: Application
+    editor: ToyEditor
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "shop.yaml"
+
+    def prepare(self, **options: Any) -> Prepared:
+        return self.app.planner().from_recipe(file_uri(self.recipe), shown="shop.yaml", **options)
+
+    def submit(self, **options: Any) -> int:
+        return submit(self.app.repository, self.app.wake_ups, self.prepare(**options), trigger="cli")
+
+    def worker(self, *, batch_rows: int = 4) -> Worker:
+        worker = self.app.worker()
+        worker.executor = replace(worker.executor, editor=self.editor)
+        worker.batch_rows = batch_rows
+        return worker
+
+    def outputs(self) -> list[str]:
+        return sorted(file.name for file in (self.folder / "out").glob("*"))
+
+
+@pytest.fixture
+def studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
+    monkeypatch.setattr("kontext_batch.editor.count_tokens", lambda model, prompt: len(prompt.split()) + 1)
+    folder = tmp_path / "studio"
+    (folder / "photos").mkdir(parents=True)
+    for name, colour in (("mug", "red"), ("bag", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / "photos" / f"{name}.png")
+    (folder / "shop.yaml").write_text(RECIPE)
+    models_file = tmp_path / "models.json"
+    entry = ModelEntry(
+        path=folder, sha256="a" * 64, signature="", layout="diffusers", native_area=64 * 64, text_length=64
+    )
+    Registry().with_model("toy", entry).write(models_file)
+    app = open_application(
+        Settings(models_file=models_file, device="cpu"), workspace=tmp_path / "ws", recipe_folder=folder
+    )
+    yield Studio(folder, app, ToyEditor())
+    app.close()

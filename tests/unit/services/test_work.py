@@ -1,0 +1,191 @@
+"""Submit, claim, execute, commit, deliver, on a real database and a real folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from kontext_batch.errors import InfrastructureError, PlanRefused, StepError, StorageFull
+from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.ports import EditJob, WorkerInfo
+from kontext_batch.services.execute import MAX_RETRIES, retry_delay
+from kontext_batch.services.maintain import collect_garbage, gone_workers
+from kontext_batch.services.prepare import Selection
+from tests.unit.services.conftest import Studio
+
+
+def test_a_run_computes_every_step_once_and_delivers(studio: Studio) -> None:
+    summary = studio.worker().run_until_done(studio.submit())
+    assert summary.state is RunState.DONE
+    assert summary.steps == {StepState.DONE: 2 + 4 + 4}
+    assert studio.outputs() == ["bag_beach.png", "bag_snow.png", "mug_beach.png", "mug_snow.png"]
+    assert len(studio.editor.jobs) == 2 + 4  # `clean` is shared by both scenes
+    with Image.open(studio.folder / "out" / "mug_snow.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_the_same_run_again_computes_nothing(studio: Studio) -> None:
+    studio.worker().run_until_done(studio.submit())
+    studio.editor.jobs.clear()
+    prepared = studio.prepare()
+    assert {each.status for each in prepared.explained} == {"cached"}
+    summary = studio.worker().run_until_done(studio.submit())
+    assert (summary.state, summary.cached, studio.editor.jobs) == (RunState.DONE, 10, [])
+    assert len(studio.outputs()) == 4  # identical bytes make no new version
+
+
+def test_a_changed_prompt_runs_only_what_depends_on_it(studio: Studio) -> None:
+    studio.worker().run_until_done(studio.submit())
+    studio.editor.jobs.clear()
+    studio.recipe.write_text(studio.recipe.read_text().replace("deep snow", "fresh deep snow"))
+    prepared = studio.prepare()
+    reasons = {each.reasons for each in prepared.explained if each.instance.node == "staged" and each.status == "run"}
+    assert reasons == {("prompt changed (shop.yaml:18)",)}
+    studio.worker().run_until_done(studio.submit())
+    assert len(studio.editor.jobs) == 2
+    assert "mug_snow.v2.png" in studio.outputs()
+    assert "mug_beach.v2.png" not in studio.outputs()
+
+
+def test_changed_bytes_under_a_plan_fail_the_step_with_advice(studio: Studio) -> None:
+    run_id = studio.submit()
+    Image.new("RGB", (64, 64), "green").save(studio.folder / "photos" / "mug.png")
+    summary = studio.worker().run_until_done(run_id)
+    assert summary.state is RunState.PARTIAL
+    assert summary.steps == {StepState.DONE: 5, StepState.FAILED: 1, StepState.SKIPPED: 4}
+    (failed,) = studio.app.repository.run_steps(run_id, states=[StepState.FAILED])
+    assert failed.error is not None
+    assert "has changed since the plan was made" in failed.error
+    assert studio.outputs() == ["bag_beach.png", "bag_snow.png"]
+
+
+def test_one_bad_picture_of_a_batch_fails_alone(studio: Studio) -> None:
+    def fault(job: EditJob) -> Exception | None:
+        beach = "a beach" in job.params["prompt"]
+        return StepError("not finite") if beach else None
+
+    studio.editor.fault = fault
+    summary = studio.worker().run_until_done(studio.submit())
+    assert summary.state is RunState.PARTIAL
+    assert summary.steps == {StepState.DONE: 2 + 2 + 2, StepState.FAILED: 2, StepState.SKIPPED: 2}
+    assert studio.outputs() == ["bag_snow.png", "mug_snow.png"]
+
+
+def test_an_infrastructure_fault_is_tried_again_and_blames_nobody(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kontext_batch.services.execute.FIRST_RETRY_SECONDS", 0.01)
+    failures = iter([True, True])
+
+    def fault(job: EditJob) -> Exception | None:
+        return InfrastructureError("the store did not answer") if next(failures, False) else None
+
+    studio.editor.fault = fault
+    summary = studio.worker().run_until_done(studio.submit())
+    assert summary.state is RunState.DONE
+    assert len(studio.editor.jobs) == 6 + 2
+
+
+@pytest.mark.parametrize(
+    ("attempt", "expected"), [(1, 1.0), (2, 2.0), (5, 16.0), (MAX_RETRIES, 128.0), (MAX_RETRIES + 1, None)]
+)
+def test_retry_delay_doubles_and_ends(attempt: int, expected: float | None) -> None:
+    assert retry_delay(attempt, spread=lambda: 0.5) == expected
+
+
+def test_a_full_store_stops_the_worker_and_costs_the_steps_nothing(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = studio.worker()
+    run_id = studio.submit()
+    with monkeypatch.context() as patch:
+
+        def full(*args: object, **kwargs: object) -> bool:
+            raise StorageFull("no space left")
+
+        patch.setattr(type(studio.app.store), "write_if_absent", full)
+        with pytest.raises(StorageFull):
+            worker.run_until_done(run_id)
+    states = {row.state for row in studio.app.repository.run_steps(run_id)}
+    assert states == {StepState.READY, StepState.BLOCKED}
+    assert all(row.attempts == 0 for row in studio.app.repository.run_steps(run_id))
+    assert studio.worker().run_until_done(run_id).state is RunState.DONE
+
+
+def test_a_stop_gives_the_leases_back_at_the_next_denoise_step(studio: Studio) -> None:
+    worker = studio.worker(batch_rows=2)
+    run_id = studio.submit()
+    summary = worker.run_until_done(run_id, on_step=lambda done, total: worker.stopping.set())
+    assert summary.finished is None
+    rows = studio.app.repository.run_steps(run_id)
+    assert {row.state for row in rows} == {StepState.READY, StepState.BLOCKED}
+    assert studio.worker().run_until_done(run_id).state is RunState.DONE
+
+
+def test_leases_of_a_killed_process_are_taken_over_at_once(studio: Studio) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = psutil.Process(child.pid).create_time()
+    dead = WorkerInfo("dead", os.uname().nodename, child.pid, started, "cpu", {})
+    studio.app.repository.register_worker(dead)
+    run_id = studio.submit()
+    assert studio.app.repository.claim("dead", limit=2, lease_seconds=600)
+    assert gone_workers(studio.app.repository.workers()) == []
+    child.kill()
+    child.wait()
+    assert gone_workers(studio.app.repository.workers()) == ["dead"]
+    summary = studio.worker().run_until_done(run_id)
+    assert summary.state is RunState.DONE
+
+
+def test_workers_of_other_hosts_are_left_to_their_leases() -> None:
+    elsewhere = WorkerInfo("w", "another-host", 1, 0.0, "cpu", {})
+    assert gone_workers([elsewhere]) == []
+    assert gone_workers([replace(elsewhere, host="here", pid=2**22 + 7)], host="here") == ["w"]
+
+
+def test_a_selection_previews_a_slice_whose_work_is_reused(studio: Studio) -> None:
+    worker = studio.worker()
+    worker.run_until_done(studio.submit(selection=Selection(only={"item": ["mug"]}, limit=1)))
+    assert studio.outputs() == ["mug_beach.png"]
+    studio.editor.jobs.clear()
+    studio.worker().run_until_done(studio.submit())
+    assert len(studio.editor.jobs) == 6 - 2
+    assert len(studio.outputs()) == 4
+
+
+def test_a_deliberate_new_try_makes_another_image_and_stands(studio: Studio) -> None:
+    studio.worker().run_until_done(studio.submit())
+    studio.editor.jobs.clear()
+    instance = ("staged", (("item", "mug"), ("scene", "snow")), 1)
+    chosen = next(each for each in studio.prepare().explained if each.instance.axes == instance[1])
+    again = studio.prepare(takes={(chosen.instance.node, instance[1], chosen.instance.candidate): 1})
+    assert next(each.reasons for each in again.explained if each.status == "run") == ("a new try (take 1)",)
+
+
+def test_a_budget_refuses_before_anything_is_stored(studio: Studio) -> None:
+    studio.recipe.write_text(studio.recipe.read_text() + "budget: {outputs: 3}\n")
+    with pytest.raises(PlanRefused, match="4 outputs, the budget is 3"):
+        studio.submit()
+    assert studio.app.repository.runs() == []
+
+
+def test_garbage_goes_oldest_first_and_comes_back_when_asked_for(studio: Studio) -> None:
+    studio.worker().run_until_done(studio.submit())
+    told = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0, dry_run=True)
+    objects = list(Path(studio.app.workspace, "objects").rglob("*.png"))
+    assert told.artifacts == len(objects) > 0
+    assert told.bytes == sum(each.stat().st_size for each in objects)
+    done = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0)
+    assert done == told
+    assert list(Path(studio.app.workspace, "objects").rglob("*.png")) == []
+    studio.editor.jobs.clear()
+    summary = studio.worker().run_until_done(studio.submit())
+    assert summary.state is RunState.DONE
+    assert len(studio.editor.jobs) == 6

@@ -1,0 +1,167 @@
+"""The bridge to the engine, on the tiny random model of the reference case."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kontext_batch.editor import EngineEditor, check_model, convert_model, count_tokens, numeric_mode, read_model
+from kontext_batch.errors import SettingsError, StepError
+from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
+
+CASE = Path(__file__).parents[1] / "data" / "reference" / "case-1" / "model"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference case as a model for 64x64 pixels."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    shutil.copytree(CASE, folder)
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 64}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def editor(model: Path) -> EngineEditor:
+    return EngineEditor(models={"small": model}, adapters={}, device="cpu", max_rows=4)
+
+
+def png(size: tuple[int, int], colour: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def job(**changes: Any) -> EditJob:
+    params: dict[str, Any] = {
+        "model": "small",
+        "numeric_mode": "float32",
+        "adapters": [],
+        "prompt": "make it red",
+        "negative_prompt": None,
+        "true_cfg_scale": 1.0,
+        "steps": 2,
+        "guidance": 2.5,
+        "seed": 7,
+        "target": {"width": 64, "height": 64},
+        "canvas": {
+            "width": 64,
+            "height": 64,
+            "fit": "pad",
+            "background": "#00FF00",
+            "box": {"x": 0, "y": 16, "width": 64, "height": 32},
+        },
+        "references": [],
+        "reference_layout": "offset",
+        "keep_latents": False,
+    }
+    pictures = changes.pop("pictures", (LoadedPicture("image", 0, png((100, 50), "blue")),))
+    return EditJob(params={**params, **changes}, pictures=pictures)
+
+
+def made(result: MadePicture | Exception) -> MadePicture:
+    assert isinstance(result, MadePicture), result
+    return result
+
+
+def test_facts_of_a_model(model: Path) -> None:
+    facts = read_model(model)
+    assert (facts.layout, facts.native_area, facts.text_length) == ("diffusers", 64 * 64, 512)
+    assert facts.sha256 == read_model(model).sha256
+    check_model(model)
+
+
+def test_a_model_with_a_missing_tensor_is_told(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["proj_out.bias"]
+    save_file(tensors, file)
+    with pytest.raises(SettingsError, match=r"1 missing: proj_out\.bias"):
+        check_model(broken)
+
+
+def test_conversion_gives_a_folder_that_loads(model: Path, tmp_path: Path) -> None:
+    convert_model(model, tmp_path / "converted")
+    check_model(tmp_path / "converted")
+
+
+def test_tokens_are_counted_as_the_engine_counts_them(model: Path) -> None:
+    from engine.pipeline import KontextEngine
+
+    engine = KontextEngine.load(model, device="cpu", text_length=32)
+    for prompt in ("make it red", "Ein grünes Häuschen, bitte!", ""):
+        assert count_tokens(model, prompt) == engine.text.count_tokens(prompt)
+
+
+def test_numeric_mode_without_a_gpu() -> None:
+    assert numeric_mode("cpu", "auto") == "float32"
+    assert numeric_mode("cuda:1", "auto") == "bfloat16"
+    assert numeric_mode("cuda", "float32") == "float32"
+
+
+def test_canvases_are_padded_or_cropped_never_stretched(editor: EngineEditor) -> None:
+    canvas = np.asarray(editor._fitted(job().pictures[0], job().params["canvas"]))
+    assert canvas.shape == (64, 64, 3)
+    assert (canvas[16:48] == (0, 0, 255)).all()
+    assert (canvas[:16] == (0, 255, 0)).all()
+    assert (canvas[48:] == (0, 255, 0)).all()
+    halves = Image.new("RGB", (100, 50), "blue")
+    halves.paste("red", (50, 0, 100, 50))
+    out = io.BytesIO()
+    halves.save(out, "PNG")
+    crop = {**job().params["canvas"], "fit": "crop", "box": {"x": 50, "y": 0, "width": 50, "height": 50}}
+    cropped = np.asarray(editor._fitted(LoadedPicture("image", 0, out.getvalue()), crop))
+    assert (cropped == (255, 0, 0)).all()
+
+
+def test_a_batch_of_jobs_equals_them_alone_and_errors_stay_with_their_job(editor: EngineEditor) -> None:
+    jobs = [job(), job(seed=8), job(pictures=(LoadedPicture("image", 0, b"no picture"),))]
+    first, second, broken = editor.edit(jobs)
+    assert isinstance(broken, StepError)
+    assert "image" in str(broken)
+    alone = made(editor.edit([job(seed=8)])[0])
+    difference = np.abs(pixels(made(second).data) - pixels(alone.data))
+    assert difference.max() <= 1
+    assert made(first).data != made(second).data
+
+
+def pixels(data: bytes) -> np.ndarray[Any, np.dtype[np.int16]]:
+    return np.asarray(Image.open(io.BytesIO(data)), np.int16)
+
+
+def test_latents_are_handed_on_undecoded(editor: EngineEditor) -> None:
+    first = made(editor.edit([job(keep_latents=True)])[0])
+    assert first.latents is not None
+    through = LoadedPicture("image", 0, first.data, first.latents)
+    by_latents = made(editor.edit([job(seed=9, pictures=(through,))])[0])
+    by_pixels = made(
+        editor.edit(
+            [
+                job(
+                    seed=9,
+                    pictures=(replace(through, latents=None),),
+                    canvas={**job().params["canvas"], "box": {"x": 0, "y": 0, "width": 64, "height": 64}},
+                )
+            ]
+        )[0]
+    )
+    assert by_latents.data != by_pixels.data
+
+
+def test_progress_counts_the_steps_of_all_rows(editor: EngineEditor) -> None:
+    told: list[tuple[int, int]] = []
+    editor.edit([job(), job(seed=1)], on_step=lambda done, total: told.append((done, total)))
+    assert told == [(2, 4), (4, 4)]
