@@ -332,7 +332,7 @@ def _known_operation(data: Any) -> Any:
     if isinstance(data, dict):
         if "op" not in data:
             raise ValueError(f"'op' is missing; write one of {', '.join(_OPERATIONS)}")
-        if data["op"] not in _OPERATIONS:
+        if not isinstance(data["op"], str) or data["op"] not in _OPERATIONS:
             raise ValueError(
                 f"unknown operation '{data['op']}'{nearest(str(data['op']), _OPERATIONS)} ({', '.join(_OPERATIONS)})"
             )

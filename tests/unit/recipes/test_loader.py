@@ -370,3 +370,14 @@ def test_a_hostile_recipe_is_one_problem() -> None:
     assert len(problems(bomb)) == 1
     with pytest.raises(RecipeError):
         load_recipe(b"\x00\x01", file="x", read_import=lambda name: b"")
+
+
+@pytest.mark.parametrize("word", ["", "[]", "{}", "12", "true", "'x'", "${item}", "${clean}", "*x", "a: b"])
+def test_no_slip_is_an_accident(word: str) -> None:
+    """Each value of the recipe replaced by something else, each line left out: sound, or told."""
+    lines = RECIPE.splitlines()
+    for number, line in enumerate(lines):
+        key, colon, _ = line.partition(":")
+        changed_line = f"{key}{colon} {word}" if word else ""
+        told = problems("\n".join([*lines[:number], changed_line, *lines[number + 1 :]]))
+        assert all(each.startswith(("small.yaml", "brand.yaml")) for each in told)
