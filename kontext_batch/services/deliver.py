@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from kontext_batch.errors import KontextBatchError, ObjectNotFound
+from kontext_batch.errors import InfrastructureError, KontextBatchError, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository
 
@@ -48,7 +48,8 @@ def deliver_pending(
 ) -> int:
     """Deliver everything that is finished; returns how many arrived.
 
-    A delivery that cannot be made, or that the content filter does not allow, is recorded as failed.
+    A delivery that cannot be made, or that the content filter does not allow, is recorded as failed. Raises
+    `InfrastructureError` (a full disk, a store that does not answer) with the rest still pending.
     """
     delivered = 0
     while pending := repository.pending_deliveries(run_id):
@@ -56,6 +57,8 @@ def deliver_pending(
             try:
                 placed = place(store, delivery, content_filter)
             except KontextBatchError as error:
+                if isinstance(error, InfrastructureError) and not isinstance(error, StorageReadOnly):
+                    raise  # the next would meet the same; what is pending stays so, and the same command goes on
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
                 repository.fail_delivery(delivery.id, str(error))
                 continue

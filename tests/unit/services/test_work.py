@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from kontext_batch.errors import InfrastructureError, PlanRefused, StepError, StorageFull
+from kontext_batch.errors import InfrastructureError, PlanRefused, StepError, StorageFull, StorageReadOnly
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import EditJob, WorkerInfo
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
@@ -117,6 +117,28 @@ def test_a_full_store_stops_the_worker_and_costs_the_steps_nothing(
     assert states == {StepState.READY, StepState.BLOCKED}
     assert all(row.attempts == 0 for row in studio.app.repository.run_steps(run_id))
     assert studio.worker().run_until_done(run_id).state is RunState.DONE
+
+
+def test_deliveries_wait_for_room_and_a_read_only_folder_is_told(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = studio.submit()
+    write = type(studio.app.store).write_if_absent
+
+    def refusing(error: Exception) -> object:
+        def refuse(self: object, uri: str, *args: object, **kwargs: object) -> bool:
+            if "/out/" in uri:
+                raise error
+            return write(self, uri, *args, **kwargs)  # type: ignore[arg-type]
+
+        return refuse
+
+    monkeypatch.setattr(type(studio.app.store), "write_if_absent", refusing(StorageFull("no space left")))
+    with pytest.raises(StorageFull):
+        studio.worker().run_until_done(run_id)
+    monkeypatch.setattr(type(studio.app.store), "write_if_absent", refusing(StorageReadOnly("out is read-only")))
+    summary = studio.worker().run_until_done(run_id)
+    assert (summary.state, summary.delivered, summary.failed_deliveries) == (RunState.FAILED, 0, 4)
 
 
 def test_a_stop_gives_the_leases_back_at_the_next_denoise_step(studio: Studio) -> None:
