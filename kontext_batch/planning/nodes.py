@@ -63,6 +63,8 @@ class Node:
     picks_all: bool
     always: bool
     """Exists at every point."""
+    ancestors: tuple[Node, ...]
+    """Those that do not exist everywhere, parents first; none for a contact sheet, whose cells lie elsewhere."""
     known: dict[Point, bool] = field(default_factory=dict)
 
     @property
@@ -117,7 +119,16 @@ class Nodes(Mapping[str, Node]):
             candidates=getattr(step, "candidates", 1),
             picks_all=getattr(step, "pick", "first") == "all",
             always=always,
+            ancestors=() if always or isinstance(step, ContactSheetStep) else self._ancestors(pictures),
         )
+
+    def _ancestors(self, pictures: tuple[PictureUse, ...]) -> tuple[Node, ...]:
+        found: set[str] = set()
+        for use in pictures:
+            for each in use.alternatives:
+                if isinstance(each, FromStep) and not self._nodes[each.step].always:
+                    found |= {each.step, *(ancestor.name for ancestor in self._nodes[each.step].ancestors)}
+        return tuple(node for node in self._nodes.values() if node.name in found)
 
     def positions(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Where these axes stand in a point."""
@@ -153,6 +164,10 @@ class Nodes(Mapping[str, Node]):
         key = node.project(point)
         known = node.known.get(key)
         if known is None:
+            # Ancestors first, so that a long chain is a loop and not a recursion.
+            for ancestor in node.ancestors:
+                if ancestor.project(point) not in ancestor.known:
+                    self.exists(ancestor, point)
             known = all(test(point) for test in node.conditions) and (
                 any(self.chosen(use, each) for use in node.pictures for each in self.cells(node, point))
                 if node.is_sheet

@@ -37,6 +37,9 @@ class Value:
     """On the axis `channel`: what the name means."""
 
 
+MAX_TEXT = 20_000
+"""Characters of an expanded text: texts made of texts double at every level."""
+
 Point = tuple[Value | None, ...]
 Lookup = Callable[[Point], str | None]
 """The text at a point; None when there is none (an absent field, an empty text)."""
@@ -75,7 +78,10 @@ class Text:
         key = tuple([point[axis] for axis in self.axes])
         known = self.memo.get(key)
         if known is None:
-            known = self.memo[key] = "".join([text for text, _ in self.pieces(point)])
+            known = "".join([text for text, _ in self.pieces(point)])
+            if len(known) > MAX_TEXT:
+                raise AtPoint(self.recipe.problem(self.path, f"a text of more than {MAX_TEXT} characters"))
+            self.memo[key] = known
         return known
 
     def pieces(self, point: Point) -> list[Piece]:

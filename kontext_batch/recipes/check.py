@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from kontext_batch.errors import Problem
@@ -40,14 +41,24 @@ def build_scope(
     told again.
     """
     check = _Check(document, brand, source, pruned)
-    check.run()
+    with contextlib.suppress(_EnoughError):
+        check.run()
     return check.scope, check.problems
+
+
+MAX_PROBLEMS = 500
+"""More are not looked for: nearest names of thousands of slips take minutes."""
+
+
+class _EnoughError(Exception):
+    """There are as many problems as anybody reads."""
 
 
 class _Check:
     def __init__(self, document: RecipeDocument, brand: Brand, source: Source, pruned: Collection[Path]) -> None:
         self.document, self.brand, self.source = document, brand, source
         self.problems: list[Problem] = []
+        self.running = False
         self.faulty: set[Path] = {path for path in pruned if len(path) == 2}
         loose = any(path in pruned for path in (("inputs",), ("matrix",), ("vars",), ("texts",), ("steps",)))
         self.syntax()
@@ -67,6 +78,7 @@ class _Check:
         )
 
     def run(self) -> None:
+        self.running = True
         self.names()
         self.definitions()
         self.steps()
@@ -75,6 +87,8 @@ class _Check:
 
     def tell(self, path: Path, message: str, *, key: bool = False) -> None:
         self.problems.append(self.source.problem(path, message, key=key))
+        if len(self.problems) >= MAX_PROBLEMS and self.running:
+            raise _EnoughError
 
     # ------------------------------------------------------------------------------------------------- templates
 
@@ -106,7 +120,7 @@ class _Check:
                 continue
             except Cycle as error:
                 if use.path[0] in ("vars", "texts", "matrix") or name.endswith(".prompt"):
-                    self.tell(use.path, f"'{error}' is made of itself")
+                    self.tell(use.path, str(error))
                 fine = False
                 continue
             if target.kind != "opaque" and (message := allow(target)):

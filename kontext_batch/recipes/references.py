@@ -20,6 +20,8 @@ from functools import lru_cache
 
 FILTERS = ("slug", "upper", "lower", "default", "pad")
 MAX_PAD = 32
+MAX_CANDIDATES = 700
+"""Names among which a near one is looked for: all time zones, and not a trap of thousands."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_][A-Za-z0-9_-]*)*")
 _CALL = re.compile(r"(?P<filter>[A-Za-z_]+)\s*\((?P<argument>.*)\)", re.DOTALL)
@@ -210,6 +212,8 @@ def _is_latin_accent(char: str) -> bool:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'scene'?`, or nothing when no known name is near."""
     candidates = sorted(set(known))
+    if len(candidates) > MAX_CANDIDATES:
+        return ""
     found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     if not found:
         lowered = {each.lower(): each for each in candidates}

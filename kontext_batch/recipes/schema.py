@@ -423,7 +423,7 @@ class RecipeDocument(Model):
     vars: dict[Name, TextTemplate] = {}
     matrix: Matrix = Matrix()
     defaults: Defaults = Defaults()
-    steps: Annotated[dict[Name, Step], Field(min_length=1, max_length=200)]
+    steps: Annotated[dict[Name, Step], Field(min_length=1, max_length=100)]
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)]
     budget: Budget | None = None
     schedule: Schedule | None = None

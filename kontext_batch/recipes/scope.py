@@ -29,6 +29,8 @@ from kontext_batch.recipes.source import Path
 RESERVED = frozenset({"brand", "vars", "text", "ext", "candidate", "source", "keep", *FILTERS})
 """Words of the language; no axis and no step may be called so."""
 
+MAX_NESTING = 20
+"""Names that are made of names; deeper ones are a slip or a trap."""
 GLOB_FIELDS = ("file", "stem", "name")
 
 Kind = Literal["axis", "field", "file", "brand", "logo", "var", "text", "step", "prompt", "ext", "candidate", "opaque"]
@@ -90,6 +92,10 @@ class Scope:
     loose: bool = False
     """A whole section could not be read: unknown names are not told."""
     _axes_of: dict[str, frozenset[str]] = field(default_factory=dict)
+    _nesting: dict[str, int] = field(default_factory=dict)
+    """Name -> how many names deep its value is made."""
+    _open: list[int] = field(default_factory=list)
+    """Of each name that is being looked at: the deepest nesting found below it so far."""
 
     # ------------------------------------------------------------------------------------------------------ names
 
@@ -182,22 +188,30 @@ class Scope:
         return frozenset(found)
 
     def axes_of_name(self, name: str) -> frozenset[str]:
-        """The same for one name. Raises `Cycle` when it depends on itself, `UnknownName`."""
+        """The same for one name. Raises `UnknownName`, `Cycle`."""
         target = self.resolve(name)
         if target.kind == "step":  # not kept: steps get their axes one after the other
             return self._find_axes(target)
-        if name in self._axes_of:
-            found = self._axes_of[name]
-            if found is _PENDING:
-                raise Cycle(name)
-            return found
-        self._axes_of[name] = _PENDING
-        try:
-            found = self._find_axes(target)
-        except Exception:
-            del self._axes_of[name]
-            raise
-        self._axes_of[name] = found
+        if name not in self._axes_of:
+            if len(self._open) >= MAX_NESTING:
+                raise Cycle(f"'{name}' is nested more than {MAX_NESTING} deep")
+            self._axes_of[name] = _PENDING
+            self._open.append(0)
+            try:
+                self._axes_of[name] = self._find_axes(target)
+                self._nesting[name] = self._open[-1] + 1
+            except Exception:
+                del self._axes_of[name]
+                raise
+            finally:
+                self._open.pop()
+        found = self._axes_of[name]
+        if found is _PENDING:
+            raise Cycle(f"'{name}' is made of itself")
+        if self._nesting[name] + len(self._open) > MAX_NESTING:
+            raise Cycle(f"'{name}' is nested more than {MAX_NESTING} deep")
+        if self._open:
+            self._open[-1] = max(self._open[-1], self._nesting[name])
         return found
 
     def _find_axes(self, target: Target) -> frozenset[str]:
@@ -241,7 +255,7 @@ class UnknownName(Exception):
 
 
 class Cycle(Exception):
-    """A name whose value depends on itself."""
+    """A name whose value depends on itself, or on others too many levels deep; the message says which."""
 
 
 def channel_field(channel: Channel, name: str) -> str:

@@ -222,6 +222,28 @@ def test_an_expansion_beyond_the_limit_is_refused_before_it_is_made() -> None:
     assert told(max_instances=5) == ["the recipe makes 6 step instances; at most 5 are planned"]
 
 
+def test_a_long_chain_with_a_condition_is_planned_without_recursion() -> None:
+    chain = "".join(f'  s{i}: {{op: edit, image: "${{s{i - 1}}}", prompt: x}}\n' for i in range(1, 99))
+    body = RECIPE.replace(
+        "  titled:", '  s0: {op: edit, image: "${clean}", prompt: x, if: {locale: en}}\n' + chain + "  titled:"
+    )
+    body = body.replace('image: "${clean}", prompt: "Write', 'image: "${s98}", prompt: "Write')
+
+    def deep(frames: int) -> int:
+        return deep(frames - 1) if frames else len(plan(body, table=TABLE, files=FILES).steps)
+
+    with pytest.raises(RecipeError, match="at most 100"):
+        deep(0)
+    body = body.replace('  s98: {op: edit, image: "${s97}", prompt: x}\n', "").replace("${s98}", "${s97}")
+    assert deep(300) == 2 * 100
+
+
+def test_an_expanded_text_has_a_limit() -> None:
+    variable = "${item.kind}" * 400
+    body = RECIPE.replace("matrix:", f"vars: {{a: '{variable}'}}\nmatrix:").replace("Clean ${item.kind}", "${vars.a}")
+    assert "a text of more than 20000 characters" in told(body, table=TABLE.replace("shoe", "x" * 100))[0]
+
+
 def test_only_and_limit_plan_a_slice_with_the_same_keys() -> None:
     whole = {each.key for each in plan(RECIPE, table=TABLE, files=FILES).steps}
     made = plan(RECIPE, table=TABLE, files=FILES, only={"item": ["B"], "locale": ["de"]})

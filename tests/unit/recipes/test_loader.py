@@ -365,6 +365,19 @@ def test_the_revision_covers_recipe_and_imports() -> None:
     assert len({load().sha256, other.sha256, load(RECIPE + "\n").sha256}) == 3
 
 
+def test_texts_made_of_texts_end_somewhere() -> None:
+    names = "".join(f'  v{i}: "${{vars.v{i - 1}}}${{vars.v{i - 1}}}"\n' for i in range(1, 40))
+    told = problems(changed(("  keep: Keep its shape.\n", f"  keep: a\n  v0: b\n{names}")))
+    assert told[0] == "small.yaml:34:8 vars.v21: 'vars.v19' is nested more than 20 deep"
+
+
+def test_a_recipe_of_slips_is_told_quickly_and_up_to_a_limit() -> None:
+    names = "".join(f"  v{i}: x\n" for i in range(2000))
+    slips = "".join(f"  w{i}: '{'${vars.nothing}' * 50}'\n" for i in range(100))
+    told = problems(changed(("  keep: Keep its shape.\n", f"  keep: a\n{names}{slips}")))
+    assert 0 < len(told) <= 500
+
+
 def test_a_hostile_recipe_is_one_problem() -> None:
     bomb = "a0: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))
     assert len(problems(bomb)) == 1
