@@ -5,7 +5,7 @@ A token is the fence: it grows with each claim, and whoever writes a result must
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import cancel_unwanted, end_attempts, skip_below
-from kontext_batch.lineage.sql import among, in_state, now, now_plus
+from kontext_batch.lineage.sql import among, in_state, now, now_plus, pair_in
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, LeasedStep, ParentOutput, ReconcileReport, SourceInput, WorkerInfo
 
@@ -73,7 +73,7 @@ def claim(
     for lane in _ranked_lanes(conn, wanted, lanes, prefer):
         chosen = _choose(conn, lane, wanted, limit)
         if chosen:  # else other workers hold all of that lane at this moment
-            return _lease(conn, worker_id, chosen, lease_seconds)
+            return _lease(conn, worker_id, lane, chosen, lease_seconds)
     return []
 
 
@@ -116,27 +116,30 @@ def _ranked_lanes(
     return [row.lane for row in sorted(served, key=lambda row: (-row.priority, row.lane != prefer, row.id))]
 
 
-def _choose(conn: sa.Connection, lane: str, wanted: Sequence[sa.ColumnElement[bool]], limit: int) -> list[int]:
-    """The first steps of the lane that may be claimed together."""
+def _choose(conn: sa.Connection, lane: str, wanted: Sequence[sa.ColumnElement[bool]], limit: int) -> dict[int, Any]:
+    """The first steps of the lane that may be claimed together, in order."""
     rows = conn.execute(
-        sa.select(STEPS.id, STEPS.batch_limit)
+        sa.select(STEPS.id, STEPS.key, STEPS.operation, STEPS.batch_limit, STEPS.losses, t.step_params.c.params)
+        .join(t.step_params, t.step_params.c.step_id == STEPS.id)
         .where(STEPS.lane == lane, *wanted)
         .order_by(STEPS.priority.desc(), STEPS.id)
         .limit(limit)
-        .with_for_update(skip_locked=True, key_share=True)
-    ).all()
-    chosen: list[int] = []
+        .with_for_update(skip_locked=True, key_share=True, of=t.steps)
+    )
+    chosen: dict[int, Any] = {}
     for row in rows:
         if row.batch_limit is not None and row.batch_limit <= len(chosen):
             continue
-        chosen.append(row.id)
+        chosen[row.id] = row
         limit = min(limit, row.batch_limit or limit)
         if len(chosen) >= limit:
             break
     return chosen
 
 
-def _lease(conn: sa.Connection, worker_id: str, chosen: Sequence[int], lease_seconds: float) -> list[LeasedStep]:
+def _lease(
+    conn: sa.Connection, worker_id: str, lane: str, chosen: Mapping[int, Any], lease_seconds: float
+) -> list[LeasedStep]:
     leased = conn.execute(
         sa.update(t.steps)
         .where(among(STEPS.id, chosen))
@@ -147,18 +150,9 @@ def _lease(conn: sa.Connection, worker_id: str, chosen: Sequence[int], lease_sec
             lease_until=now_plus(lease_seconds),
             attempts=STEPS.attempts + 1,
         )
-        .returning(
-            STEPS.id,
-            STEPS.key,
-            STEPS.operation,
-            STEPS.params,
-            STEPS.lane,
-            STEPS.lease_token,
-            STEPS.asked,
-            STEPS.attempts,
-            STEPS.losses,
-        )
-    ).all()
+        .returning(STEPS.id, STEPS.lease_token, STEPS.asked, STEPS.attempts)
+    )
+    by_id = {row.id: row for row in leased}
     conn.execute(
         sa.insert(t.attempts).values(started=now()),
         [
@@ -170,26 +164,25 @@ def _lease(conn: sa.Connection, worker_id: str, chosen: Sequence[int], lease_sec
                 "worker_id": worker_id,
                 "timings": {},
             }
-            for row in leased
+            for row in by_id.values()
         ],
     )
-    parents, sources = _pictures(conn, chosen)
-    found = {
-        row.id: LeasedStep(
-            id=row.id,
-            key=row.key,
-            operation=row.operation,
-            params=row.params,
-            lane=row.lane,
-            token=row.lease_token,
-            attempt=row.attempts,
-            losses=row.losses,
-            parents=tuple(parents.get(row.id, ())),
-            sources=tuple(sources.get(row.id, ())),
+    parents, sources = _pictures(conn, list(chosen))
+    return [
+        LeasedStep(
+            id=step_id,
+            key=step.key,
+            operation=step.operation,
+            params=step.params,
+            lane=lane,
+            token=by_id[step_id].lease_token,
+            attempt=by_id[step_id].attempts,
+            losses=step.losses,
+            parents=tuple(parents.get(step_id, ())),
+            sources=tuple(sources.get(step_id, ())),
         )
-        for row in leased
-    }
-    return [found[step_id] for step_id in chosen]
+        for step_id, step in chosen.items()
+    ]
 
 
 def _pictures(
@@ -276,7 +269,7 @@ def _release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
         return
     back = conn.execute(
         sa.update(t.steps)
-        .where(in_state(STEPS.state, StepState.LEASED), sa.tuple_(STEPS.id, STEPS.lease_token).in_(list(steps)))
+        .where(in_state(STEPS.state, StepState.LEASED), pair_in(STEPS.id, STEPS.lease_token, steps))
         .values(state=StepState.READY, lease_owner=None, lease_until=None, attempts=STEPS.attempts - 1)
         .returning(STEPS.id, STEPS.lease_token)
     ).all()

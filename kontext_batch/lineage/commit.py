@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import cancel_unwanted, free_children, skip_below
-from kontext_batch.lineage.sql import among, in_state, now, now_plus, stored_text
+from kontext_batch.lineage.sql import among, in_state, now, now_plus, pair_in, stored_text
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, BatchRecord, CommitReport, StepDone, StepFailed, StepResult
 
@@ -138,7 +138,7 @@ def _finish(conn: sa.Connection, done: Sequence[StepDone], batch_id: int | None)
     )
     conn.execute(
         sa.update(t.attempts)
-        .where(_pair_in(ATTEMPTS.step_id, ATTEMPTS.token, [(result.step_id, result.token) for result in done]))
+        .where(pair_in(ATTEMPTS.step_id, ATTEMPTS.token, [(result.step_id, result.token) for result in done]))
         .values(outcome="ok", ended=now(), batch_id=batch_id, timings=timings)
     )
 
@@ -205,7 +205,7 @@ def _settle_uploads(conn: sa.Connection, done: Sequence[StepDone], failed: Pairs
         committed = sa.and_(among(UPLOADS.uri, kept), among(UPLOADS.step_id, finished))
         conn.execute(
             sa.update(t.uploads)
-            .where(_pair_in(UPLOADS.step_id, UPLOADS.token, pairs))
+            .where(pair_in(UPLOADS.step_id, UPLOADS.token, pairs))
             .values(state=sa.case((committed, "committed"), else_="orphaned"))
         )
 
@@ -215,21 +215,17 @@ def _fence(conn: sa.Connection, stale: Pairs) -> set[tuple[int, int]]:
 
     That happens when the connection broke after the database had committed and before it could say so.
     """
-    mine = _pair_in(ATTEMPTS.step_id, ATTEMPTS.token, stale)
+    mine = pair_in(ATTEMPTS.step_id, ATTEMPTS.token, stale)
     rows = conn.execute(sa.select(ATTEMPTS.step_id, ATTEMPTS.token, ATTEMPTS.outcome).where(mine))
     earlier = {(row.step_id, row.token) for row in rows if row.outcome in ("ok", "error", "retry")}
     fenced = [pair for pair in stale if pair not in earlier]
     if fenced:
         conn.execute(
             sa.update(t.attempts)
-            .where(_pair_in(ATTEMPTS.step_id, ATTEMPTS.token, fenced))
+            .where(pair_in(ATTEMPTS.step_id, ATTEMPTS.token, fenced))
             .values(outcome="fenced", ended=sa.func.coalesce(ATTEMPTS.ended, now()))
         )
         conn.execute(
-            sa.update(t.uploads).where(_pair_in(UPLOADS.step_id, UPLOADS.token, fenced)).values(state="orphaned")
+            sa.update(t.uploads).where(pair_in(UPLOADS.step_id, UPLOADS.token, fenced)).values(state="orphaned")
         )
     return earlier
-
-
-def _pair_in(step_id: sa.ColumnElement[int], token: sa.ColumnElement[int], pairs: Pairs) -> sa.ColumnElement[bool]:
-    return sa.tuple_(step_id, token).in_(list(pairs))

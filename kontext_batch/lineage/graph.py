@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import among, in_state, now
+from kontext_batch.lineage.sql import among, in_state, now, pair_in
 from kontext_batch.planning.states import LIVE, RunState, StepState
 
 STEPS = t.steps.c
@@ -144,11 +144,11 @@ def end_attempts(conn: sa.Connection, pairs: Sequence[tuple[int, int]], outcome:
         return
     conn.execute(
         sa.update(t.attempts)
-        .where(sa.tuple_(t.attempts.c.step_id, t.attempts.c.token).in_(list(pairs)), t.attempts.c.outcome.is_(None))
+        .where(pair_in(t.attempts.c.step_id, t.attempts.c.token, pairs), t.attempts.c.outcome.is_(None))
         .values(outcome=outcome, error=error, ended=now())
     )
     conn.execute(
         sa.update(t.uploads)
-        .where(sa.tuple_(t.uploads.c.step_id, t.uploads.c.token).in_(list(pairs)), t.uploads.c.state == "intent")
+        .where(pair_in(t.uploads.c.step_id, t.uploads.c.token, pairs), t.uploads.c.state == "intent")
         .values(state="orphaned")
     )

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from kontext_batch.hashing import ALGORITHM
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.sql import among, now, seconds_between
 from kontext_batch.lineage.submit import known_steps
@@ -26,6 +27,8 @@ from kontext_batch.ports import (
 STEPS, RUN_STEPS, EDGES, SOURCES = t.steps.c, t.run_steps.c, t.edges.c, t.step_sources.c
 RECENT_BATCHES = 20
 """Of each lane, for its mean time."""
+SHORTEST_PREFIX = 4
+"""Of a key or hash, for `find_steps`: shorter ones are found everywhere."""
 
 # ------------------------------------------------------------------------------------------------------- planning
 
@@ -36,29 +39,21 @@ def step_states(conn: sa.Connection, keys: Iterable[str]) -> dict[str, StepState
 
 
 def latest_instances(conn: sa.Connection, recipe: str) -> dict[tuple[str, Axes, int], StoredInstance]:
-    latest = (
-        sa.select(
-            sa.func.max(RUN_STEPS.run_id).label("run_id"),
-            RUN_STEPS.node,
-            RUN_STEPS.axes,
-            RUN_STEPS.candidate,
-        )
+    age = sa.func.row_number().over(
+        partition_by=(RUN_STEPS.node, RUN_STEPS.axes, RUN_STEPS.candidate), order_by=RUN_STEPS.run_id.desc()
+    )
+    ranked = (
+        sa.select(t.run_steps, age.label("age"))
         .join(t.runs, t.runs.c.id == RUN_STEPS.run_id)
         .where(t.runs.c.recipe == recipe)
-        .group_by(RUN_STEPS.node, RUN_STEPS.axes, RUN_STEPS.candidate)
-        .subquery("latest")
-    )
-    same = sa.and_(
-        RUN_STEPS.run_id == latest.c.run_id,
-        RUN_STEPS.node == latest.c.node,
-        RUN_STEPS.axes == latest.c.axes,
-        RUN_STEPS.candidate == latest.c.candidate,
+        .subquery("ranked")
     )
     rows = conn.execute(
-        sa.select(t.run_steps, STEPS.key, STEPS.operation, STEPS.params, STEPS.state)
-        .join(latest, same)
-        .join(t.steps, STEPS.id == RUN_STEPS.step_id)
-        .order_by(RUN_STEPS.run_id, RUN_STEPS.ordinal)
+        sa.select(ranked, STEPS.key, STEPS.operation, STEPS.state, t.step_params.c.params)
+        .join(t.steps, STEPS.id == ranked.c.step_id)
+        .join(t.step_params, t.step_params.c.step_id == STEPS.id)
+        .where(ranked.c.age == 1)
+        .order_by(ranked.c.run_id, ranked.c.ordinal)
     ).all()
     inputs = _inputs_of(conn, {row.step_id for row in rows})
     return {
@@ -190,32 +185,23 @@ def find_steps(conn: sa.Connection, text: str, *, run_id: int | None = None) -> 
     text = text.strip()
     if not text:
         return []
+    place = (RUN_STEPS.run_id, RUN_STEPS.ordinal)
     deliveries, outputs = t.deliveries.c, t.step_outputs.c
-    at_path = sa.or_(
-        *(
-            sa.or_(column == text, column.endswith("/" + text.lstrip("/"), autoescape=True))
-            for column in (deliveries.path, deliveries.delivered_path)
-        )
-    )
-    delivered = (
-        sa.exists()
-        .where(deliveries.run_id == RUN_STEPS.run_id, deliveries.ordinal == RUN_STEPS.ordinal)
-        .where(sa.or_(at_path, deliveries.sha256.startswith(text, autoescape=True)))
-        .correlate(t.run_steps)
-    )
-    made = (
-        sa.exists()
-        .where(outputs.step_id == RUN_STEPS.step_id, outputs.sha256.startswith(text, autoescape=True))
-        .correlate(t.run_steps)
-    )
-    query = _step_rows().where(
-        sa.or_(
-            STEPS.key.startswith(text, autoescape=True),
-            STEPS.key.startswith(f"b2:{text}", autoescape=True),
-            RUN_STEPS.node == text,
-            delivered,
-            made,
-        )
+    by_step = sa.select(*place).join(t.steps, STEPS.id == RUN_STEPS.step_id)
+    by_output = sa.select(*place).join(t.step_outputs, outputs.step_id == RUN_STEPS.step_id)
+    by_delivery = sa.select(deliveries.run_id, deliveries.ordinal)
+    found = [sa.select(*place).where(RUN_STEPS.node == text), by_step.where(STEPS.key == text)]
+    for column in (deliveries.path, deliveries.delivered_path):
+        at_end = column.endswith("/" + text.lstrip("/"), autoescape=True)
+        found.append(by_delivery.where(sa.or_(column == text, at_end)))
+    if len(text) >= SHORTEST_PREFIX:
+        for prefix in (text, f"{ALGORITHM}:{text}"):
+            found.append(by_step.where(STEPS.key.startswith(prefix, autoescape=True)))
+        found.append(by_output.where(outputs.sha256.startswith(text, autoescape=True)))
+        found.append(by_delivery.where(deliveries.sha256.startswith(text, autoescape=True)))
+    places = sa.union(*found).subquery("places")
+    query = _step_rows().join(
+        places, sa.and_(places.c.run_id == RUN_STEPS.run_id, places.c.ordinal == RUN_STEPS.ordinal)
     )
     if run_id is not None:
         rows = conn.execute(query.where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal))
@@ -248,7 +234,7 @@ def _step_rows() -> sa.Select[Any]:
             STEPS.attempts,
             STEPS.losses,
             STEPS.error,
-            STEPS.params,
+            t.step_params.c.params,
             artifacts.sha256,
             artifacts.uri,
             artifacts.media_type,
@@ -258,6 +244,7 @@ def _step_rows() -> sa.Select[Any]:
         )
         .select_from(t.run_steps)
         .join(t.steps, STEPS.id == RUN_STEPS.step_id)
+        .join(t.step_params, t.step_params.c.step_id == STEPS.id)
         .outerjoin(t.step_outputs, sa.and_(outputs.step_id == STEPS.id, outputs.slot == "image"))
         .outerjoin(t.artifacts, artifacts.sha256 == outputs.sha256)
     )

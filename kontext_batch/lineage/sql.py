@@ -140,8 +140,9 @@ def _seconds_sqlite(element: seconds_between, compiler: Any, **kw: Any) -> str:
     return f"((julianday({end}) - julianday({start})) * 86400.0)"
 
 
-class _Among(FunctionElement[bool]):
-    type = sa.Boolean()
+class _Among(FunctionElement[Any]):
+    # Not Boolean: SQLAlchemy would append `= 1` on SQLite, which keeps indices from use.
+    type = sa.types.NullType()
     inherit_cache = True
 
 
@@ -161,6 +162,13 @@ def _among_postgresql(element: _Among, compiler: Any, **kw: Any) -> str:
 def _among_sqlite(element: _Among, compiler: Any, **kw: Any) -> str:
     column, values = (compiler.process(each, **kw) for each in element.clauses)
     return f"{column} IN (SELECT value FROM json_each({values}))"
+
+
+def pair_in(
+    first: sa.ColumnElement[int], second: sa.ColumnElement[int], pairs: Sequence[tuple[int, int]]
+) -> sa.ColumnElement[bool]:
+    """`(first, second) IN pairs`, found by an index on `first`: SQLite uses none for pairs alone."""
+    return sa.and_(among(first, sorted({pair[0] for pair in pairs})), sa.tuple_(first, second).in_(list(pairs)))
 
 
 def in_state(column: sa.ColumnElement[Any], *states: StepState) -> sa.ColumnElement[bool]:

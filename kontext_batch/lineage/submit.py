@@ -104,17 +104,16 @@ def _new_ids(conn: sa.Connection, count: int) -> list[int]:
 
 
 def _insert_steps(conn: sa.Connection, run: NewRun, new: Sequence[tuple[int, PlannedStep, int]]) -> None:
-    columns = ("id", "key", "operation", "params", "lane", "state", "deps_left", "priority", "asked")
+    columns = ("id", "key", "operation", "lane", "state", "deps_left", "priority")
     bulk_insert(
         conn,
         t.steps,
-        (*columns, "attempts", "losses", "lease_token"),
+        (*columns, "asked", "attempts", "losses", "lease_token"),
         [
             (
                 step_id,
                 step.key,
                 step.operation,
-                canonical_json(step.params),
                 step.lane,
                 (StepState.BLOCKED if count else StepState.READY).value,
                 count,
@@ -126,6 +125,12 @@ def _insert_steps(conn: sa.Connection, run: NewRun, new: Sequence[tuple[int, Pla
             )
             for step_id, step, count in new
         ],
+    )
+    bulk_insert(
+        conn,
+        t.step_params,
+        ("step_id", "params"),
+        [(step_id, canonical_json(step.params)) for step_id, step, _ in new],
     )
 
 
@@ -145,11 +150,16 @@ def _insert_sources(conn: sa.Connection, wanted: Sequence[tuple[int, PlannedStep
 
 def _reword(conn: sa.Connection, again: Sequence[tuple[int, PlannedStep]]) -> None:
     """Of equal keys the newest wording counts: a model or adapter may have another name by now."""
-    if again:
-        conn.execute(
-            sa.update(t.steps).where(t.steps.c.id == sa.bindparam("b_id")),
-            [{"b_id": step_id, "params": dict(step.params), "lane": step.lane} for step_id, step in again],
-        )
+    if not again:
+        return
+    conn.execute(
+        sa.update(t.steps).where(t.steps.c.id == sa.bindparam("step")),
+        [{"step": step_id, "lane": step.lane} for step_id, step in again],
+    )
+    conn.execute(
+        sa.update(t.step_params).where(t.step_params.c.step_id == sa.bindparam("step")),
+        [{"step": step_id, "params": dict(step.params)} for step_id, step in again],
+    )
 
 
 def _insert_instances(conn: sa.Connection, run_id: int, plan: Plan, stored: dict[str, tuple[int, bool]]) -> None:

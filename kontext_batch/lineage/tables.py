@@ -63,7 +63,6 @@ steps = sa.Table(
     _id(),  # a parent's id is smaller than its children's
     sa.Column("key", sa.Text, nullable=False),
     sa.Column("operation", sa.Text, nullable=False),
-    sa.Column("params", sa.JSON, nullable=False),
     sa.Column("lane", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False),  # planning.states.StepState
     # How many distinct parents are not done; kept while blocked, 0 while ready or leased, without meaning otherwise.
@@ -91,6 +90,14 @@ _partial(
 )
 _partial("ix_steps_leased", steps.c.lease_owner, where=in_state(steps.c.state, StepState.LEASED))
 _partial("ix_steps_live", steps.c.id, where=in_state(steps.c.state, *LIVE))
+
+# Apart from `steps`: that row is rewritten with each move and read by the hundred thousand, so it stays small.
+step_params = sa.Table(
+    "step_params",
+    metadata,
+    _ref("step_id", "steps.id", primary_key=True),
+    sa.Column("params", sa.JSON, nullable=False),
+)
 
 step_sources = sa.Table(
     "step_sources",

@@ -109,7 +109,6 @@ def upgrade() -> None:
         sa.Column("id", ID, nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column("operation", sa.Text(), nullable=False),
-        sa.Column("params", sa.JSON(), nullable=False),
         sa.Column("lane", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("deps_left", sa.Integer(), nullable=False),
@@ -218,6 +217,13 @@ def upgrade() -> None:
     op.create_index("ix_step_outputs_sha256", "step_outputs", ["sha256"])
 
     op.create_table(
+        "step_params",
+        sa.Column("step_id", ID, nullable=False),
+        sa.Column("params", sa.JSON(), nullable=False),
+        sa.ForeignKeyConstraint(["step_id"], ["steps.id"], name="fk_step_params_step_id_steps"),
+        sa.PrimaryKeyConstraint("step_id", name="pk_step_params"),
+    )
+    op.create_table(
         "step_sources",
         sa.Column("step_id", ID, nullable=False),
         sa.Column("role", sa.Text(), nullable=False),
@@ -278,6 +284,7 @@ def downgrade() -> None:
         "deliveries",
         "uploads",
         "step_sources",
+        "step_params",
         "step_outputs",
         "run_steps",
         "edges",
