@@ -59,11 +59,20 @@ def train_autoencoder(
     batch: int = 16,
     pool: int = 6000,
     sizes: AutoencoderConfig = TINY,
+    start: Autoencoder | None = None,
+    freeze_encoder: bool = False,
     say: Callable[[str], None] = print,
 ) -> Autoencoder:
-    """Train, or go on training, in `folder`; returns the module with averaged weights, scale and shift set."""
+    """Train, or go on training, in `folder`; returns the module with averaged weights, scale and shift set.
+
+    With `start` it goes on from a trained one; `freeze_encoder` then trains the decoder alone, and latents, scale and
+    shift stay what a flow was trained on.
+    """
     torch.manual_seed(config.seed)
-    module = Autoencoder(sizes)
+    module = Autoencoder(sizes if start is None else start.config)
+    if start is not None:
+        module.load_state_dict(start.state_dict())
+    module.encoder.requires_grad_(not freeze_encoder)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loop = Loop(module, config, folder)
     loop.resume()
@@ -80,7 +89,8 @@ def train_autoencoder(
 
     loop.run(loss_of, say=say)
     loop.use_average()
-    return normalised(module.eval(), pictures[:512])
+    module.eval()
+    return module if freeze_encoder else normalised(module, pictures[:512])
 
 
 @torch.no_grad()

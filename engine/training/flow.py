@@ -1,27 +1,26 @@
-"""Train the shipped model's transformer and text encoders together, on pairs of drawn pictures."""
+"""Train the flow transformer on pairs of pictures: from nothing, text encoders and all, or on from a finished model."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from engine.autoencoder import Autoencoder
 from engine.config import FlowConfig
-from engine.latents import context_ids, grid_ids, pack
-from engine.text import CLIP_LENGTH
-from engine.training.instructions import corpus, random_example
+from engine.latents import context_ids, grid_ids
+from engine.text import CLIP_LENGTH, TextEncoder
+from engine.training.data import FlowData
+from engine.training.instructions import corpus
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
 from engine.training.objective import flow_loss
-from engine.training.products import render
-from engine.training.texts import TEXT_LENGTH, make_clip, make_clip_tokenizer, make_t5, make_t5_tokenizer
+from engine.training.texts import make_clip, make_clip_tokenizer, make_t5, make_t5_tokenizer
 from engine.transformer import FlowTransformer
-from engine.weights import save_model
+from engine.weights import find_model, load_transformer, save_model
 
 TINY = FlowConfig(
     hidden_size=160,
@@ -33,158 +32,154 @@ TINY = FlowConfig(
     axes_dims=(8, 16, 16),
     guidance_embed=True,
 )
+"""The shipped model: 3.7 M parameters, beside 0.5 M in its text encoders."""
 PROMPT_DROPOUT = 0.05
 """Share of empty prompts, so that classifier-free guidance has something to lean away from."""
-GUIDANCE_RANGE = (1.0, 5.0)
-"""Guidance is drawn at random and carries no information: the shipped model learns to ignore it."""
-GRID = (8, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Pictures before and after, as bytes (count, 3, 128, 128), and the words between them."""
-
-    before: Tensor
-    after: Tensor
-    has_before: Tensor
-    """(count,) bool: False for text-to-image."""
-    prompts: list[str]
-
-
-def pair_pool(count: int, seed: int, folder: Path) -> Pairs:
-    """`count` drawn pairs, kept in `folder` once they are drawn."""
-    names = {name: folder / f"{name}.npy" for name in ("before", "after", "has_before")}
-    words = folder / "prompts.json"
-    if not words.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(seed)
-        before = np.zeros((count, 3, 128, 128), np.uint8)
-        after = np.zeros_like(before)
-        has_before = np.zeros(count, bool)
-        prompts = []
-        for index in range(count):
-            example = random_example(rng)
-            after[index] = np.asarray(render(example.after)).transpose(2, 0, 1)
-            if example.before is not None:
-                before[index] = np.asarray(render(example.before)).transpose(2, 0, 1)
-                has_before[index] = True
-            prompts.append(example.instruction)
-        for name, array in (("before", before), ("after", after), ("has_before", has_before)):
-            np.save(names[name], array)
-        words.write_text(json.dumps(prompts))
-    arrays = {name: torch.from_numpy(np.load(path)) for name, path in names.items()}
-    return Pairs(**arrays, prompts=json.loads(words.read_text()))
-
-
-@torch.no_grad()
-def encode_all(autoencoder: Autoencoder, pictures: Tensor, cache: Path) -> Tensor:
-    """Packed latents (count, 64, 64) of pictures given as bytes, kept in `cache`."""
-    if not cache.is_file():
-        parts = [pack(autoencoder.encode(part.float() / 127.5 - 1)) for part in torch.split(pictures, 64)]
-        np.save(cache, torch.cat(parts).numpy())
-    return torch.from_numpy(np.load(cache))
+GUIDANCE = 2.5
+"""Any value, where the model is not guidance-distilled: see `start_like_dit`."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 class FlowWithText(nn.Module):
-    """What is trained: the transformer and both text encoders."""
+    """The transformer and both text encoders with their tokenizers, which lie in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        flow: FlowTransformer,
+        texts: tuple[CLIPTextModel, T5EncoderModel],
+        tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
+    ) -> None:
         super().__init__()
+        self.folder = folder
+        self.flow = flow
+        self.clip, self.t5 = texts
+        self.clip_tokenizer, self.t5_tokenizer = tokenizers
+
+    @classmethod
+    def new(cls, folder: Path, config: FlowConfig = TINY) -> FlowWithText:
+        """The shipped model's sizes at random; the tokenizers are made and written to `folder`."""
         lines = corpus()
-        self.clip_tokenizer = make_clip_tokenizer(lines, folder / "tokenizer")
-        self.t5_tokenizer = make_t5_tokenizer(lines, folder / "tokenizer_2")
-        self.flow = FlowTransformer(TINY)
-        self.clip = make_clip(self.clip_tokenizer)
-        self.t5 = make_t5(self.t5_tokenizer)
-        for module in self.flow.modules():  # small random outputs at the start, as DiT does (arXiv 2212.09748)
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.flow.final_layer.linear.weight)
+        clip_tokenizer = make_clip_tokenizer(lines, folder / "tokenizer")
+        t5_tokenizer = make_t5_tokenizer(lines, folder / "tokenizer_2")
+        flow = FlowTransformer(config)
+        texts = make_clip(clip_tokenizer), make_t5(t5_tokenizer)
+        start_like_dit(flow)
+        return cls(folder, flow, texts, (clip_tokenizer, t5_tokenizer))
+
+    @classmethod
+    def load(cls, folder: Path) -> FlowWithText:
+        """A finished model to go on from; its text encoders stay as they are, as the paper's do."""
+        files, cpu = find_model(folder), torch.device("cpu")
+        flow = load_transformer(files, device=cpu, dtype=torch.float32).requires_grad_(True)
+        text = TextEncoder(files, device=cpu, dtype=torch.float32, text_length=None)
+        text.t5_tokenizer.model_max_length = text.text_length
+        return cls(folder, flow, (text.clip, text.t5), (text.clip_tokenizer, text.t5_tokenizer))
 
     def token_ids(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """CLIP (count, 77) and T5 (count, TEXT_LENGTH) ids."""
-        clip = self.clip_tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=CLIP_LENGTH, return_tensors="pt"
-        )
-        t5 = self.t5_tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
-        )
+        """CLIP (count, 77) and T5 (count, text length) ids."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip = self.clip_tokenizer(prompts, max_length=CLIP_LENGTH, **options)
+        t5 = self.t5_tokenizer(prompts, max_length=self.t5_tokenizer.model_max_length, **options)
         return clip.input_ids, t5.input_ids
 
     def velocity(
-        self, x: Tensor, t: Tensor, context: Tensor | None, ids: tuple[Tensor, Tensor], guidance: Tensor
+        self,
+        x: Tensor,  # (B, n, channels): the target's tokens
+        t: Tensor,  # (B,)
+        context: Tensor | None,  # (B, n, channels), or none for text-to-image
+        ids: tuple[Tensor, Tensor],  # as from `token_ids`
+        grid: tuple[int, int],
     ) -> Tensor:
-        """Velocity of the target tokens (B, n, 64)."""
-        pooled = self.clip(ids[0]).pooler_output
-        text = self.t5(ids[1]).last_hidden_state
-        positions = [grid_ids(*GRID)] + ([] if context is None else context_ids([GRID], "offset"))
+        """Velocity of the target tokens (B, n, channels)."""
+        positions = [grid_ids(*grid)] + ([] if context is None else context_ids([grid], "offset"))
         out: Tensor = self.flow(
             img=x if context is None else torch.cat([x, context], dim=1),
             img_ids=torch.cat(positions).expand(x.shape[0], -1, -1),
-            txt=text,
-            pooled=pooled,
+            txt=self.t5(ids[1]).last_hidden_state,
+            pooled=self.clip(ids[0]).pooler_output,
             t=t,
-            guidance=guidance,
+            guidance=torch.full_like(t, GUIDANCE) if self.flow.config.guidance_embed else None,
         )
         return out[:, : x.shape[1]]
 
     def save_texts(self, folder: Path) -> None:
+        """Write the four text folders of a diffusers layout."""
         self.clip.save_pretrained(folder / "text_encoder")
         self.t5.save_pretrained(folder / "text_encoder_2")
-        lines = corpus()
-        make_clip_tokenizer(lines, folder / "tokenizer")
-        make_t5_tokenizer(lines, folder / "tokenizer_2")
+        for name in TOKENIZERS:  # as they are: save_pretrained drops spiece.model
+            shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
+
+    def export(self, folder: Path, autoencoder: Autoencoder, dtype: torch.dtype) -> None:
+        """Write a whole model in the diffusers layout; everything but the autoencoder in `dtype`. Changes itself."""
+        self.to(dtype)
+        save_model(folder, transformer=self.flow, autoencoder=autoencoder, save_texts=self.save_texts)
+
+
+def start_like_dit(flow: FlowTransformer) -> None:
+    """Every block starts as the identity and the output as zero (adaLN-Zero, arXiv 2212.09748).
+
+    A model that is not guidance-distilled has nothing to learn about the guidance scale: its embedder is zero and is
+    not trained. The model is built as Kontext-dev is, and gives the same picture for every scale.
+    """
+    for name, module in flow.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith(("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")):
+                nn.init.zeros_(module.weight)
+    if flow.guidance_in is not None:
+        for parameter in flow.guidance_in.parameters():
+            nn.init.zeros_(parameter).requires_grad_(False)
+
+
+def edit_loss(
+    module: FlowWithText, data: FlowData, moment: Moment, batch: int, *, context_dropout: float = 0.0
+) -> Tensor:
+    """The objective over a random batch. Rows without context, for text-to-image, leave its tokens out."""
+    empty = len(data.after)
+    chosen = torch.from_numpy(moment.numpy.integers(0, empty, batch))
+    worded = torch.where(torch.from_numpy(moment.numpy.random(batch) < PROMPT_DROPOUT), empty, chosen)
+    kept = torch.from_numpy(moment.numpy.random(batch) >= context_dropout) & data.has_before[chosen]
+    total = torch.zeros(())
+    for with_context in (True, False):  # their sequences differ in length
+        rows = (kept == with_context).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        context = data.before[chosen[rows]] if with_context else None
+        ids = (data.clip_ids[worded[rows]], data.t5_ids[worded[rows]])
+
+        def velocity(
+            x: Tensor, t: Tensor, context: Tensor | None = context, ids: tuple[Tensor, Tensor] = ids
+        ) -> Tensor:
+            return module.velocity(x, t, context, ids, data.grid)
+
+        total = total + flow_loss(velocity, data.after[chosen[rows]], moment.torch) * len(rows) / batch
+    return total
 
 
 def train_flow(
-    folder: Path,
+    module: FlowWithText,
+    trained: nn.Module,
+    data: FlowData,
     config: LoopConfig,
-    autoencoder: Autoencoder,
+    folder: Path,
     *,
-    batch: int = 64,
-    pool: int = 10_000,
+    batch: int = 32,
+    context_dropout: float = 0.0,
     say: Callable[[str], None] = print,
-    export: Path | None = None,
-) -> FlowWithText:
-    """Train, or go on training, in `folder`; writes a whole model to `export` when it ends."""
-    torch.manual_seed(config.seed)
-    module = FlowWithText(folder)
-    loop = Loop(module, config, folder)
+) -> None:
+    """Train `trained` (the module itself, its flow, or an adapter on it), or go on training, in `folder`.
+
+    Ends with the averaged parameters in place.
+    """
+    loop = Loop(trained, config, folder)
     loop.resume()
-    pairs = pair_pool(pool, config.seed, folder / "pairs")
-    before = encode_all(autoencoder, pairs.before, folder / "before.npy")
-    after = encode_all(autoencoder, pairs.after, folder / "after.npy")
-    clip_ids, t5_ids = module.token_ids([*pairs.prompts, ""])
-    empty = len(pairs.prompts)
 
     def loss_of(moment: Moment) -> Loss:
-        chosen = torch.from_numpy(moment.numpy.integers(0, empty, batch))
-        worded = torch.where(torch.from_numpy(moment.numpy.random(batch) < PROMPT_DROPOUT), empty, chosen)
-        guidance = torch.from_numpy(moment.numpy.uniform(*GUIDANCE_RANGE, batch)).float()
-        total = torch.zeros(())
-        for edits in (True, False):  # rows with and without context have different lengths
-            rows = (pairs.has_before[chosen] == edits).nonzero()[:, 0]
-            if not len(rows):
-                continue
-            context = before[chosen[rows]] if edits else None
-            ids = (clip_ids[worded[rows]], t5_ids[worded[rows]])
-
-            def velocity(
-                x: Tensor,
-                t: Tensor,
-                context: Tensor | None = context,
-                ids: tuple[Tensor, Tensor] = ids,
-                scale: Tensor = guidance[rows],
-            ) -> Tensor:
-                return module.velocity(x, t, context, ids, scale)
-
-            total = total + flow_loss(velocity, after[chosen[rows]], moment.torch) * len(rows) / batch
-        return total, {}
+        figures: Mapping[str, float] = {}
+        return edit_loss(module, data, moment, batch, context_dropout=context_dropout), figures
 
     loop.run(loss_of, say=say)
     loop.use_average()
     module.eval()
-    if export is not None:
-        save_model(export, transformer=module.flow, autoencoder=autoencoder, save_texts=module.save_texts)
-    return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -163,11 +164,17 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
         "table": ["on a {c} table"],
     }[scene.background]
     start = str(rng.choice(["a ", "a picture of a ", "product photo of a ", "one "]))
-    return f"{start}{pattern}{scene.colour} {scene.product} " + str(rng.choice(where)).format(c=scene.background_colour)
+    place = str(rng.choice(where)).format(c=scene.background_colour)
+    return _articles(f"{start}{pattern}{scene.colour} {scene.product} {place}")
 
 
 def _say(rng: np.random.Generator, wordings: tuple[str, ...], product: str, colour: str) -> str:
-    return str(rng.choice(wordings)).format(product=product, colour=colour)
+    return _articles(str(rng.choice(wordings)).format(product=product, colour=colour))
+
+
+def _articles(words: str) -> str:
+    """ "an orange", not "a orange"."""
+    return re.sub(r"\b([Aa]) (?=orange)", r"\1n ", words)
 
 
 def _finish(rng: np.random.Generator, words: str, scene: Scene, *, keep: bool) -> str:
@@ -192,5 +199,6 @@ def corpus() -> list[str]:
         for product in PRODUCTS:
             lines += [f"a picture of a {pattern} {colour} {product} on a {colour} background" for pattern in PATTERNS]
             lines.append(f"product photo of one {colour} {product} in a studio, then on a table, and")
+    lines = [_articles(line) for line in lines]
     lines += [line[0].upper() + line[1:].rstrip(".") + "." for line in lines]
     return lines + [chr(code) for code in range(33, 127)] * 3

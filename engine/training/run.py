@@ -1,0 +1,207 @@
+"""What `python -m engine.training CONFIG.yaml` does: read the file, train in stretches, write the result.
+
+A config names its kind: `autoencoder` (from nothing), `flow` (transformer and texts, from nothing), `finetune` (a
+finished model's transformer) or `lora` (an adapter beside it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from engine.autoencoder import Autoencoder
+from engine.config import AutoencoderConfig
+from engine.errors import ConfigError
+from engine.geometry import nearest_size, token_grid
+from engine.keys import autoencoder_to_diffusers
+from engine.training.adapter import TARGETS, LowRankAdapter
+from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
+from engine.training.data import FlowData, Pairs, drawn_pairs, encode_all, read_pairs
+from engine.training.flow import FlowWithText, train_flow
+from engine.training.loop import LoopConfig
+from engine.weights import TensorFiles, find_model, load_autoencoder, load_strictly, read_json, save_component
+
+KINDS = ("autoencoder", "flow", "finetune", "lora")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """One training; paths are taken from the working directory."""
+
+    kind: str
+    folder: Path
+    """Checkpoints, metrics and what can be recomputed; a training goes on from what lies there."""
+    loop: LoopConfig
+    batch: int = 32
+    pool: int = 9000
+    """Pictures or pairs that are drawn, where no table of pairs is given."""
+    pairs: Path | None = None
+    """CSV with the columns before, after, instruction."""
+    size: tuple[int, int] | None = None
+    """Width and height of the pairs of a table; left out, the model's size nearest to square."""
+    base: Path | None = None
+    """The model to fine-tune, in either layout."""
+    vae: Path | None = None
+    """Folder of a trained autoencoder, for `flow`; for `autoencoder`, the one to go on from."""
+    freeze_encoder: bool = False
+    """Train the autoencoder's decoder alone, so that a flow trained on its latents stays right."""
+    context_dropout: float = 0.0
+    """Share of edits that are trained without their context image."""
+    rank: int = 8
+    targets: tuple[str, ...] = TARGETS
+    export: Path | None = None
+    """Where the finished model, autoencoder or adapter (a safetensors file) is written."""
+    dtype: str = "fp32"
+    """Of the exported weights: fp32, bf16 or fp16; the autoencoder's are always fp32."""
+    threads: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """From a YAML file. Raises `ConfigError`."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{path}: a mapping is expected")
+        return cls.from_dict(data, where=str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "training config") -> Self:
+        values = dict(data)
+        _known(cls, values, where)
+        loop = values.get("loop")
+        if not isinstance(loop, Mapping):
+            raise ConfigError(f"{where}: loop is a mapping with at least `steps`")
+        _known(LoopConfig, loop, f"{where}: loop")
+        for name in ("folder", "pairs", "base", "vae", "export"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        for name in ("size", "targets"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        try:
+            config = cls(**{**values, "loop": LoopConfig(**loop)})
+        except TypeError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        config._check(where)
+        return config
+
+    def _check(self, where: str) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"{where}: kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.kind in ("finetune", "lora") and self.base is None:
+            raise ConfigError(f"{where}: {self.kind} needs `base`, the model to start from")
+        if self.kind == "flow" and self.vae is None:
+            raise ConfigError(f"{where}: flow needs `vae`, the folder of a trained autoencoder")
+        if self.freeze_encoder and self.vae is None:
+            raise ConfigError(f"{where}: freeze_encoder needs `vae`, the autoencoder whose encoder stays")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{where}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+
+
+def _known(kind: type, values: Mapping[str, Any], where: str) -> None:
+    names = {field.name for field in fields(kind)}
+    if unknown := sorted(set(values) - names):
+        raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+
+
+def train(config: TrainingConfig, *, say: Say = print) -> None:
+    """Train, or go on with, what the config describes, and write its export."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.loop.seed)
+    if config.kind == "autoencoder":
+        _train_autoencoder(config, say)
+    else:
+        _train_flow(config, say)
+
+
+def read_autoencoder(folder: Path) -> Autoencoder:
+    """A trained autoencoder from its folder in the diffusers layout."""
+    config = AutoencoderConfig.from_diffusers(read_json(folder / "config.json"))
+    with torch.device("meta"):
+        module = Autoencoder(config)
+    table = autoencoder_to_diffusers(module.state_dict(), config)
+    return load_strictly(module, table, TensorFiles(folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def _train_autoencoder(config: TrainingConfig, say: Say) -> None:
+    start = read_autoencoder(config.vae) if config.vae is not None else None
+    module = train_autoencoder(
+        config.folder,
+        config.loop,
+        batch=config.batch,
+        pool=config.pool,
+        start=start,
+        freeze_encoder=config.freeze_encoder,
+        say=say,
+    )
+    say(f"PSNR of fresh pictures: {reconstruction_psnr(module):.2f} dB")
+    if config.export is not None:
+        save_component(module, config.export)
+        say(f"wrote {config.export}")
+
+
+def _train_flow(config: TrainingConfig, say: Say) -> None:
+    if config.kind == "flow":
+        assert config.vae is not None
+        module, autoencoder = FlowWithText.new(config.folder), read_autoencoder(config.vae)
+    else:
+        assert config.base is not None
+        module = FlowWithText.load(config.base)
+        autoencoder = load_autoencoder(find_model(config.base), device=torch.device("cpu"))
+    trained: nn.Module = module
+    if config.kind == "finetune":
+        trained = module.flow
+    elif config.kind == "lora":
+        trained = LowRankAdapter(module.flow, config.rank, config.targets)
+    data = _data(config, module, autoencoder)
+    train_flow(
+        module,
+        trained,
+        data,
+        config.loop,
+        config.folder,
+        batch=config.batch,
+        context_dropout=config.context_dropout,
+        say=say,
+    )
+    if config.export is not None:
+        if isinstance(trained, LowRankAdapter):
+            trained.save(config.export)
+        else:
+            module.export(config.export, autoencoder, DTYPES[config.dtype])
+        say(f"wrote {config.export}")
+
+
+def _data(config: TrainingConfig, module: FlowWithText, autoencoder: Autoencoder) -> FlowData:
+    pairs: Pairs
+    if config.pairs is None:
+        pairs, caches = drawn_pairs(config.pool, config.loop.seed, config.folder / "pairs"), True
+    else:
+        side = autoencoder.config.sample_size
+        width, height = config.size or nearest_size(side, side, area=side**2)
+        token_grid(width, height)
+        pairs, caches = read_pairs(config.pairs, width, height), False
+
+    def latents(name: str, pictures: Tensor) -> Tensor:
+        return encode_all(autoencoder, pictures, config.folder / f"{name}.npy" if caches else None)
+
+    clip_ids, t5_ids = module.token_ids([*pairs.prompts, ""])
+    return FlowData(
+        before=latents("before", pairs.before),
+        after=latents("after", pairs.after),
+        has_before=pairs.has_before,
+        clip_ids=clip_ids,
+        t5_ids=t5_ids,
+        grid=token_grid(pairs.after.shape[-1], pairs.after.shape[-2]),
+    )

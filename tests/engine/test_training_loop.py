@@ -1,0 +1,153 @@
+"""A training that is stopped, or killed, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from engine.training.loop import Loop, LoopConfig, Loss, Moment
+
+CONFIG = LoopConfig(steps=12, lr=1e-2, warmup=3, save_every=4, log_every=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Stop(Exception):
+    """Stands for a kill in the middle of a step."""
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 2))
+
+
+def train(folder: Path, *, config: LoopConfig = CONFIG, stop: int | None = None) -> tuple[nn.Module, list[float]]:
+    """Train to the end, or be stopped before step `stop`; returns the losses of the steps that ran."""
+    module, losses = model(), []
+
+    def loss_of(moment: Moment) -> Loss:
+        if moment.step == stop:
+            raise Stop
+        x = torch.randn(16, 6, generator=moment.torch) + float(moment.numpy.normal())
+        loss = F.mse_loss(module(x), x[:, :2].sin())
+        losses.append(loss.item())
+        return loss, {}
+
+    loop = Loop(module, config, folder)
+    loop.resume()
+    loop.run(loss_of, say=lambda _: None)
+    return module, losses
+
+
+@pytest.mark.parametrize("stop", [5, 8, 11])
+def test_a_stopped_run_has_the_loss_curve_of_one_that_ran_through(tmp_path: Path, stop: int) -> None:
+    _, whole = train(tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", stop=stop)
+    _, rest = train(tmp_path / "cut")
+    saved = stop - stop % CONFIG.save_every
+    assert rest == whole[saved:]
+    first, second = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "cut"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_what_resumes_without_its_optimiser_would_not_have_that_curve(tmp_path: Path) -> None:
+    """The comparison above can fail: the moments matter at this size."""
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", stop=8)
+    _, right = train(tmp_path / "cut")
+    with pytest.raises(Stop):
+        train(tmp_path / "bare", stop=8)
+    module, losses = model(), []
+    loop = Loop(module, CONFIG, tmp_path / "bare")
+    loop.resume()
+    loop.optimiser.state.clear()
+
+    def loss_of(moment: Moment) -> Loss:
+        x = torch.randn(16, 6, generator=moment.torch) + float(moment.numpy.normal())
+        loss = F.mse_loss(module(x), x[:, :2].sin())
+        losses.append(loss.item())
+        return loss, {}
+
+    loop.run(loss_of, say=lambda _: None)
+    assert losses[0] == right[0]
+    assert losses[1:] != right[1:]
+
+
+def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+    """kill -9 at whatever moment; the checkpoint is an old one or a new one, and never half of one."""
+    script = """
+import sys, time, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.engine.test_training_loop import CONFIG, Loop, model
+module = model()
+loop = Loop(module, CONFIG, Path(sys.argv[1]))
+loop.resume()
+def loss_of(moment):
+    time.sleep(0.05)
+    return module(torch.randn(16, 6, generator=moment.torch)).square().mean(), {}
+loop.run(loss_of, say=lambda _: None)
+"""
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), root])
+    checkpoint, deadline = tmp_path / "checkpoint.safetensors", time.monotonic() + 60
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.is_file()
+    loop = Loop(model(), CONFIG, tmp_path)
+    assert loop.resume()
+    assert loop.step in (4, 8, 12)
+
+
+def test_the_checkpoint_is_safetensors_and_the_metrics_a_table(tmp_path: Path) -> None:
+    train(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "config.json", "metrics.csv"]
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 12
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+
+
+def test_the_rate_warms_up_and_falls_to_nothing(tmp_path: Path) -> None:
+    loop = Loop(model(), CONFIG, tmp_path)
+    rates = [loop.learning_rate(step) for step in range(CONFIG.steps + 1)]
+    assert rates[:3] == pytest.approx([CONFIG.lr / 3, CONFIG.lr * 2 / 3, CONFIG.lr])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_average_follows_the_parameters(tmp_path: Path) -> None:
+    module, _ = train(tmp_path)
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    for name, parameter in module.named_parameters():
+        assert torch.equal(saved[f"model.{name}"], parameter)
+        assert not torch.equal(saved[f"ema.{name}"], parameter)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    module = model()
+    loop = Loop(module, CONFIG, tmp_path)
+    with pytest.raises(FloatingPointError, match="step 0"):
+        loop.run(lambda _: (module(torch.ones(1, 6)).sum() * float("nan"), {}), say=lambda _: None)
