@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import uuid
@@ -196,10 +197,8 @@ def with_shipped(registry: Registry, file: Path) -> Registry:
     if known is not None and known.path == folder and known.signature == signature(folder):
         return registry
     complete = registry.with_model(SHIPPED, model_entry(folder, licence="Apache-2.0"))
-    try:
+    with contextlib.suppress(SettingsError):  # a home folder that cannot be written to: hashed again next time
         complete.write(file)
-    except SettingsError:
-        pass  # a home folder that cannot be written to: hashed again next time
     return complete
 
 
