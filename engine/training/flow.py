@@ -58,10 +58,15 @@ class FlowWithText(nn.Module):
 
     @classmethod
     def new(cls, folder: Path, config: FlowConfig = TINY) -> FlowWithText:
-        """The shipped model's sizes at random; the tokenizers are made and written to `folder`."""
-        lines = corpus()
-        clip_tokenizer = make_clip_tokenizer(lines, folder / "tokenizer")
-        t5_tokenizer = make_t5_tokenizer(lines, folder / "tokenizer_2")
+        """The shipped model's sizes at random, and its tokenizers.
+
+        They are made once and then read from `folder`: made again, equally frequent pieces change places.
+        """
+        if not (folder / "tokenizer_2" / "spiece.model").is_file():
+            make_clip_tokenizer(corpus(), folder / "tokenizer")
+            make_t5_tokenizer(corpus(), folder / "tokenizer_2")
+        clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
         flow = FlowTransformer(config)
         texts = make_clip(clip_tokenizer), make_t5(t5_tokenizer)
         start_like_dit(flow)

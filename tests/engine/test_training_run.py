@@ -1,0 +1,330 @@
+"""Trainings from a config file: what they change, what they leave alone, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.autoencoder import Autoencoder
+from engine.config import AutoencoderConfig, FlowConfig
+from engine.errors import AdapterError, ConfigError
+from engine.pipeline import EditRequest, KontextEngine
+from engine.training.__main__ import main
+from engine.training.adapter import LowRankAdapter
+from engine.training.autoencoder import normalised, picture_pool
+from engine.training.data import FlowData, read_pairs
+from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
+from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
+from engine.training.loop import LoopConfig, Moment
+from engine.training.run import TrainingConfig, read_autoencoder
+from engine.training.run import train as run
+from engine.transformer import FlowTransformer
+from engine.weights import save_component
+from tests.engine.conftest import CASE
+
+AE = AutoencoderConfig(block_channels=(4, 4, 4, 4), res_blocks=1, groups=2, scale=1.0, shift=0.0, sample_size=32)
+LOOP = LoopConfig(steps=2, lr=1e-2, warmup=1, log_every=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def module() -> FlowWithText:
+    """The reference case's model with a text of 16 tokens."""
+    module = FlowWithText.load(CASE / "model")
+    module.t5_tokenizer.model_max_length = 16
+    return module
+
+
+def data_of(module: FlowWithText, count: int = 6) -> FlowData:
+    generator = torch.Generator().manual_seed(0)
+    clip_ids, t5_ids = module.token_ids([*(f"make it {index}" for index in range(count)), ""])
+    return FlowData(
+        before=torch.randn(count, 4, 64, generator=generator),
+        after=torch.randn(count, 4, 64, generator=generator),
+        has_before=torch.arange(count) % 3 != 0,
+        clip_ids=clip_ids,
+        t5_ids=t5_ids,
+        grid=(2, 2),
+    )
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def pairs_table(folder: Path, *, count: int = 3, size: tuple[int, int] = (48, 32)) -> Path:
+    """A folder of pairs; the last is text-to-image."""
+    rows = ["before,after,instruction"]
+    for index in range(count):
+        for name in ("before", "after"):
+            Image.new("RGB", size, (40 * index, 90, 200)).save(folder / f"{name}{index}.png")
+        rows.append(f"{'' if index == count - 1 else f'before{index}.png'},after{index}.png,make it {index}")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder / "pairs.csv"
+
+
+def write(path: Path, data: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return path
+
+
+# --- the objective over a batch
+
+
+def test_rows_without_context_leave_its_tokens_out(module: FlowWithText, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    forward = module.flow.forward
+
+    def spy(**given: Any) -> Tensor:
+        lengths.append((given["img"].shape[0], given["img"].shape[1], given["img_ids"][0, -1, 0].item()))
+        return forward(**given)
+
+    monkeypatch.setattr(module.flow, "forward", spy)
+    data = data_of(module)
+    edit_loss(module, data, Moment.of(0, 0), 16)
+    assert sorted(entry[1:] for entry in lengths) == [(4, 0.0), (8, 1.0)]
+    assert sum(entry[0] for entry in lengths) == 16
+    lengths.clear()
+    edit_loss(module, data, Moment.of(0, 0), 16, context_dropout=1.0)
+    assert lengths == [(16, 4, 0.0)]
+
+
+def test_a_new_model_predicts_nothing_and_ignores_guidance() -> None:
+    config = FlowConfig(
+        hidden_size=16, num_heads=1, depth_double=1, depth_single=1, text_dim=8, pooled_dim=8, axes_dims=(4, 6, 6)
+    )
+    torch.manual_seed(0)
+    flow = FlowTransformer(config)
+    start_like_dit(flow)
+    inputs: dict[str, Tensor] = {
+        "img": torch.randn(2, 4, 64),
+        "img_ids": torch.zeros(2, 4, 3),
+        "txt": torch.randn(2, 3, 8),
+        "pooled": torch.randn(2, 8),
+        "t": torch.tensor([0.2, 0.9]),
+    }
+    assert not flow(**inputs, guidance=torch.ones(2)).any()
+    torch.nn.init.normal_(flow.final_layer.linear.weight)
+    torch.nn.init.normal_(flow.get_parameter("final_layer.adaLN_modulation.1.weight"))
+    first = flow(**inputs, guidance=torch.ones(2))
+    assert first.any()
+    assert torch.equal(first, flow(**inputs, guidance=torch.full((2,), 7.0)))
+    assert flow.guidance_in is not None
+    assert not any(parameter.requires_grad for parameter in flow.guidance_in.parameters())
+
+
+# --- fine-tuning, full and low-rank
+
+
+def test_full_fine_tuning_moves_the_flow_and_leaves_the_texts(module: FlowWithText, tmp_path: Path) -> None:
+    before = snapshot(module)
+    train_flow(module, module.flow, data_of(module), LOOP, tmp_path, batch=4, say=lambda _: None)
+    after = snapshot(module)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("flow.") for name in moved)
+
+
+def test_low_rank_training_moves_the_adapter_alone(module: FlowWithText, tmp_path: Path) -> None:
+    before = snapshot(module)
+    adapter = LowRankAdapter(module.flow, rank=2)
+    start = snapshot(adapter)
+    train_flow(module, adapter, data_of(module), LOOP, tmp_path, batch=4, say=lambda _: None)
+    after, trained = snapshot(module), snapshot(adapter)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(not torch.equal(start[name], trained[name]) for name in start if name.startswith("up."))
+
+
+def test_an_adapter_changes_nothing_before_it_is_trained(module: FlowWithText) -> None:
+    data = data_of(module)
+    bare = edit_loss(module, data, Moment.of(0, 0), 4)
+    LowRankAdapter(module.flow, rank=2)
+    assert edit_loss(module, data, Moment.of(0, 0), 4).item() == pytest.approx(bare.item(), abs=1e-6)
+
+
+def test_a_saved_adapter_acts_in_the_engine_as_it_did_in_training(module: FlowWithText, tmp_path: Path) -> None:
+    adapter = LowRankAdapter(module.flow, rank=3)
+    for parameter in adapter.up:
+        torch.nn.init.normal_(parameter, std=0.05)
+    adapter.save(tmp_path / "adapter.safetensors")
+    names = load_file(tmp_path / "adapter.safetensors")
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in names
+    assert "transformer.single_transformer_blocks.1.proj_mlp.lora_B.weight" in names
+
+    engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
+    ids = module.token_ids(["make it red"])
+    x, t = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0.7])
+    with torch.no_grad():
+        trained = module.velocity(x, t, None, ids, (2, 2))
+    loaded = FlowWithText.load(CASE / "model")
+    loaded.flow = engine.transformer
+    with torch.no_grad():
+        bare = loaded.velocity(x, t, None, ids, (2, 2))
+        engine.load_adapter(tmp_path / "adapter.safetensors")
+        acted = loaded.velocity(x, t, None, ids, (2, 2))
+    torch.testing.assert_close(acted, trained, atol=2e-5, rtol=0)
+    assert (acted - bare).abs().max() > 1e-2
+
+
+def test_adapters_of_no_rank_or_no_target_are_refused(module: FlowWithText) -> None:
+    with pytest.raises(AdapterError, match="rank 0"):
+        LowRankAdapter(module.flow, rank=0)
+    with pytest.raises(AdapterError, match="no linear"):
+        LowRankAdapter(module.flow, rank=1, targets=("conv",))
+
+
+def test_a_lora_from_a_table_of_pairs_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "kind": "lora",
+        "folder": str(tmp_path / "run"),
+        "base": str(CASE / "model"),
+        "pairs": str(pairs_table(tmp_path)),
+        "size": [32, 32],
+        "batch": 2,
+        "rank": 2,
+        "export": str(tmp_path / "adapter.safetensors"),
+        "loop": {"steps": 2, "log_every": 1},
+    }
+    assert main([str(write(tmp_path / "train.yaml", config))]) == 0
+    assert "step 2/2" in capsys.readouterr().out
+    engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
+    assert not engine.load_adapter(tmp_path / "adapter.safetensors").ignored
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+
+
+# --- the autoencoder
+
+
+def test_normalised_latents_have_mean_nothing_and_deviation_one() -> None:
+    torch.manual_seed(1)
+    pictures = (255 * torch.rand(24, 3, 32, 32)).byte()
+    module = normalised(Autoencoder(AE).eval(), pictures)
+    with torch.no_grad():
+        latents = module.encode(pictures.float() / 127.5 - 1)
+    assert latents.mean().item() == pytest.approx(0, abs=1e-3)
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_decoder_alone_is_trained_when_the_encoder_is_frozen(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = Autoencoder(replace(AE, scale=0.5, shift=0.25))
+    save_component(start, tmp_path / "vae")
+    config = TrainingConfig(
+        kind="autoencoder",
+        folder=tmp_path / "run",
+        loop=LOOP,
+        batch=2,
+        pool=4,
+        vae=tmp_path / "vae",
+        freeze_encoder=True,
+        export=tmp_path / "out",
+    )
+    run(config, say=lambda _: None)
+    before, after = snapshot(start), snapshot(read_autoencoder(tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
+    assert read_autoencoder(tmp_path / "out").config == start.config
+
+
+def test_pictures_are_drawn_once(tmp_path: Path) -> None:
+    first = picture_pool(3, 0, tmp_path / "pictures.npy")
+    assert torch.equal(first, picture_pool(3, 0, tmp_path / "pictures.npy"))
+    assert first.shape == (3, 3, 128, 128)
+
+
+# --- what is refused
+
+
+def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Path) -> None:
+    pairs = read_pairs(pairs_table(tmp_path), 32, 32)
+    assert pairs.after.shape == (3, 3, 32, 32)
+    assert pairs.has_before.tolist() == [True, True, False]
+    assert pairs.prompts == ["make it 0", "make it 1", "make it 2"]
+    assert (pairs.after[2, 0] == 80).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "fluxx"}, "kind 'fluxx'"),
+        ({"lop": {}}, "unknown lop"),
+        ({"loop": {"steps": 1, "learning": 2}}, "unknown learning"),
+        ({"loop": 3}, "loop is a mapping"),
+        ({"loop": {}}, "steps"),
+        ({"kind": "lora"}, "needs `base`"),
+        ({"kind": "flow"}, "needs `vae`"),
+        ({"freeze_encoder": True}, "needs `vae`"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+    ],
+)
+def test_a_wrong_config_is_told_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
+) -> None:
+    good = {"kind": "autoencoder", "folder": str(tmp_path), "loop": {"steps": 1}}
+    assert main([str(write(tmp_path / "train.yaml", {**good, **change}))]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_tables_that_cannot_be_used_are_told_by_line(tmp_path: Path) -> None:
+    table_path = pairs_table(tmp_path)
+    (tmp_path / "after1.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"line 3: after1\.png"):
+        read_pairs(table_path, 32, 32)
+    table_path.write_text("before,after\na.png,b.png\n")
+    with pytest.raises(ConfigError, match="instruction is missing"):
+        read_pairs(table_path, 32, 32)
+    table_path.write_text("before,after,instruction\n")
+    with pytest.raises(ConfigError, match="no pairs"):
+        read_pairs(table_path, 32, 32)
+
+
+# --- measuring
+
+
+def test_psnr_of_a_known_difference() -> None:
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    assert psnr(grey, Image.new("RGB", (8, 8), (110, 110, 110))) == pytest.approx(20 * np.log10(255 / 10))
+    assert psnr(grey, grey) == 99
+
+
+def test_an_evaluation_compares_every_kind_with_its_target() -> None:
+    engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
+    examples = held_out(7)
+    assert len({example.kind for example in examples}) == 7
+    outcomes = evaluate(engine, examples, steps=1)
+    assert all(outcome.psnr < 30 for outcome in outcomes)  # random weights edit nothing
+    assert {outcome.example.kind for outcome in outcomes if outcome.unedited is None} == {"text-to-image"}
+    same = next(outcome for outcome in outcomes if outcome.example.kind == "same")
+    assert same.unedited == 99
+    assert same.nearer is None
+    assert table(outcomes).count("\n") == 9
+    assert sheet(outcomes).size == (3 * (3 * 128 + 12), 3 * (128 + 30))
+
+
+def test_an_exported_model_is_the_one_that_was_trained(module: FlowWithText, tmp_path: Path) -> None:
+    train_flow(module, module.flow, data_of(module), LOOP, tmp_path / "run", batch=4, say=lambda _: None)
+    trained = snapshot(module.flow)
+    engine = KontextEngine.load(CASE / "model", device="cpu")
+    module.export(tmp_path / "model", engine.autoencoder, torch.bfloat16)
+    loaded = KontextEngine.load(tmp_path / "model", device="cpu", text_length=16)
+    for name, parameter in loaded.transformer.named_parameters():
+        torch.testing.assert_close(parameter, trained[name], atol=0, rtol=2**-8)
+    assert loaded.edit([EditRequest("make it red", width=32, height=32, steps=1)])[0].image.size == (32, 32)
