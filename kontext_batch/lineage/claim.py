@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import cancel_unwanted, end_attempts, skip_below
-from kontext_batch.lineage.sql import among, in_state, now, now_plus, pair_in
+from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus, pair_in
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, LeasedStep, ParentOutput, ReconcileReport, SourceInput, WorkerInfo
 
@@ -84,9 +84,7 @@ def _claimable(run_id: int | None) -> list[sa.ColumnElement[bool]]:
         sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
     ]
     if run_id is not None:
-        conditions.append(
-            sa.exists().where(t.run_steps.c.step_id == STEPS.id, t.run_steps.c.run_id == run_id).correlate(t.steps)
-        )
+        conditions.append(exists(t.run_steps.c.step_id == STEPS.id, t.run_steps.c.run_id == run_id, outer=t.steps))
     return conditions
 
 

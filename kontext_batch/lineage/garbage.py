@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
-from kontext_batch.lineage.sql import in_state, now
+from kontext_batch.lineage.sql import exists, in_state, now
 from kontext_batch.planning.states import LIVE, RunState
 from kontext_batch.ports import Artifact
 
@@ -81,7 +81,7 @@ def orphaned_uploads(conn: sa.Connection) -> list[str]:
 def forget_upload(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
     """False when somebody names the object by now."""
     lock_graph(conn, alone=True)
-    named = sa.exists().where(ARTIFACTS.uri == uri, ARTIFACTS.collected_at.is_(None))
+    named = exists(ARTIFACTS.uri == uri, ARTIFACTS.collected_at.is_(None))
     if conn.scalar(sa.select(sa.or_(named, _announced(uri)))):
         return False
     if delete is not None:
@@ -93,24 +93,27 @@ def forget_upload(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
 def _read_later() -> sa.ColumnElement[bool]:
     """A live step will read the artifact."""
     child = t.steps.alias("child")
-    return (
-        sa.exists()
-        .where(OUTPUTS.sha256 == ARTIFACTS.sha256, t.edges.c.parent == OUTPUTS.step_id)
-        .where(child.c.id == t.edges.c.child, in_state(child.c.state, *LIVE))
-        .correlate(t.artifacts)
+    return exists(
+        OUTPUTS.sha256 == ARTIFACTS.sha256,
+        t.edges.c.parent == OUTPUTS.step_id,
+        child.c.id == t.edges.c.child,
+        in_state(child.c.state, *LIVE),
+        outer=t.artifacts,
     )
 
 
 def _delivered_later() -> sa.ColumnElement[bool]:
     """A delivery of a running run needs the artifact."""
     deliveries = t.deliveries.c
-    return (
-        sa.exists()
-        .where(OUTPUTS.sha256 == ARTIFACTS.sha256, deliveries.step_id == OUTPUTS.step_id)
-        .where(deliveries.state == "pending", t.runs.c.id == deliveries.run_id, t.runs.c.state == RunState.RUNNING)
-        .correlate(t.artifacts)
+    return exists(
+        OUTPUTS.sha256 == ARTIFACTS.sha256,
+        deliveries.step_id == OUTPUTS.step_id,
+        deliveries.state == "pending",
+        t.runs.c.id == deliveries.run_id,
+        t.runs.c.state == RunState.RUNNING,
+        outer=t.artifacts,
     )
 
 
 def _announced(uri: str) -> sa.ColumnElement[bool]:
-    return sa.exists().where(UPLOADS.uri == uri, UPLOADS.state == "intent")
+    return exists(UPLOADS.uri == uri, UPLOADS.state == "intent")

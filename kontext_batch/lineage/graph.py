@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import among, in_state, now, pair_in
+from kontext_batch.lineage.sql import among, exists, in_state, now, pair_in
 from kontext_batch.planning.states import LIVE, RunState, StepState
 
 STEPS = t.steps.c
@@ -125,11 +125,11 @@ def cancel_unwanted(conn: sa.Connection, step_ids: Sequence[int]) -> int:
     """Cancel those of `step_ids` that are blocked or ready while no running run wants them; returns how many."""
     if not step_ids:
         return 0
-    wanted = (
-        sa.exists()
-        .where(t.run_steps.c.step_id == STEPS.id, t.runs.c.id == t.run_steps.c.run_id)
-        .where(t.runs.c.state == RunState.RUNNING)
-        .correlate(t.steps)
+    wanted = exists(
+        t.run_steps.c.step_id == STEPS.id,
+        t.runs.c.id == t.run_steps.c.run_id,
+        t.runs.c.state == RunState.RUNNING,
+        outer=t.steps,
     )
     return conn.execute(
         sa.update(t.steps)

@@ -12,7 +12,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import cancel_unwanted, collected, put_back, raise_priorities
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
-from kontext_batch.lineage.sql import among, in_state, now
+from kontext_batch.lineage.sql import among, exists, in_state, now
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
 from kontext_batch.ports import RunSummary
 
@@ -100,13 +100,18 @@ def cancel_run(conn: sa.Connection, run_id: int) -> int:
 
 def finishable(conn: sa.Connection) -> list[int]:
     """Running runs with no live step and nothing left to deliver."""
+    wanted = exists(RUN_STEPS.run_id == RUNS.id, RUN_STEPS.step_id == STEPS.id, outer=(t.runs, t.steps))
+    # From the newest live step downwards: while the run goes on, the first one looked at mostly is one of its own.
     live = (
-        sa.exists()
-        .where(RUN_STEPS.run_id == RUNS.id, RUN_STEPS.step_id == STEPS.id, in_state(STEPS.state, *LIVE))
+        sa.select(STEPS.id)
+        .where(in_state(STEPS.state, *LIVE), wanted)
+        .order_by(STEPS.id.desc())
+        .limit(1)
         .correlate(t.runs)
+        .scalar_subquery()
     )
-    pending = sa.exists().where(DELIVERIES.run_id == RUNS.id, DELIVERIES.state == "pending").correlate(t.runs)
-    query = sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, sa.not_(live), sa.not_(pending))
+    pending = exists(DELIVERIES.run_id == RUNS.id, DELIVERIES.state == "pending", outer=t.runs)
+    query = sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, live.is_(None), sa.not_(pending))
     return list(conn.scalars(query.order_by(RUNS.id)))
 
 
@@ -152,32 +157,30 @@ def recipe_text(conn: sa.Connection, run_id: int) -> str:
 
 
 def _summaries(conn: sa.Connection, wanted: sa.ColumnElement[bool]) -> list[RunSummary]:
-    """Newest first; three queries, however many runs."""
+    """Newest first."""
     rows = conn.execute(sa.select(t.runs).where(wanted).order_by(RUNS.id.desc())).all()
-    ids = [row.id for row in rows]
-    steps: dict[int, dict[StepState, int]] = {run_id: {} for run_id in ids}
-    cached = dict.fromkeys(ids, 0)
-    counted = (
+    return [_summary(row, *_count_steps(conn, row.id), _count_deliveries(conn, row.id)) for row in rows]
+
+
+def _count_steps(conn: sa.Connection, run_id: int) -> tuple[dict[StepState, int], int]:
+    """The run's distinct steps by state, and how many of them were cached."""
+    rows = conn.execute(
         sa.select(
-            RUN_STEPS.run_id,
             STEPS.state,
             sa.func.count().label("number"),
             sa.func.count(sa.case((RUN_STEPS.cached, 1))).label("cached"),
         )
+        .select_from(t.run_steps)
         .join(t.steps, STEPS.id == RUN_STEPS.step_id)
-        .where(among(RUN_STEPS.run_id, ids), RUN_STEPS.first)
-        .group_by(RUN_STEPS.run_id, STEPS.state)
-    )
-    for row in conn.execute(counted):
-        steps[row.run_id][StepState(row.state)] = row.number
-        cached[row.run_id] += row.cached
-    deliveries: dict[int, dict[str, int]] = {run_id: {} for run_id in ids}
-    delivered = sa.select(DELIVERIES.run_id, DELIVERIES.state, sa.func.count().label("number"))
-    for row in conn.execute(
-        delivered.where(among(DELIVERIES.run_id, ids)).group_by(DELIVERIES.run_id, DELIVERIES.state)
-    ):
-        deliveries[row.run_id][row.state] = row.number
-    return [_summary(row, steps[row.id], cached[row.id], deliveries[row.id]) for row in rows]
+        .where(RUN_STEPS.run_id == run_id, RUN_STEPS.first)
+        .group_by(STEPS.state)
+    ).all()
+    return {StepState(row.state): row.number for row in rows}, sum(row.cached for row in rows)
+
+
+def _count_deliveries(conn: sa.Connection, run_id: int) -> dict[str, int]:
+    query = sa.select(DELIVERIES.state, sa.func.count().label("number")).where(DELIVERIES.run_id == run_id)
+    return {row.state: row.number for row in conn.execute(query.group_by(DELIVERIES.state))}
 
 
 def _summary(

@@ -171,6 +171,15 @@ def pair_in(
     return sa.and_(among(first, sorted({pair[0] for pair in pairs})), sa.tuple_(first, second).in_(list(pairs)))
 
 
+def exists(*conditions: sa.ColumnElement[bool], outer: sa.FromClause | Sequence[sa.FromClause] = ()) -> sa.Exists:
+    """Some row meets the conditions; `outer`: tables of the enclosing statement that they speak of.
+
+    `SELECT 1` where SQLAlchemy says `SELECT *`: SQLite takes a narrow index only when it holds all that is asked for.
+    """
+    outer = [outer] if isinstance(outer, sa.FromClause) else outer
+    return sa.select(sa.literal_column("1")).where(*conditions).correlate(*outer).exists()
+
+
 def in_state(column: sa.ColumnElement[Any], *states: StepState) -> sa.ColumnElement[bool]:
     """`column` is one of `states`, written out in the statement: a parameter would keep partial indices from use."""
     if len(states) == 1:
