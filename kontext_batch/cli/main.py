@@ -1,0 +1,131 @@
+"""The entry point: puts the commands together, and turns whatever happens into text and an exit code.
+
+0 done · 1 internal · 2 invalid recipe or usage · 3 finished with failures, or no space left · 5 refused by plan or
+budget · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kontext_batch.cli import output, run
+from kontext_batch.errors import (
+    AuthorError,
+    KontextBatchError,
+    ObjectChanged,
+    ObjectNotFound,
+    PlanRefused,
+    RecipeError,
+    StepError,
+    StorageFull,
+    StorageReadOnly,
+)
+
+app = typer.Typer(
+    name="kontext-batch",
+    help="Turn photos and a recipe into edited images, and explain every one of them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(run.run)
+app.command()(run.submit)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        output.say(version("kontext-batch"))
+        raise typer.Exit
+
+
+@app.callback()
+def settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to standard error.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log as one JSON object a line.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turn photos and a recipe into edited images, and explain every one of them."""
+    from kontext_batch.observability import set_up_logging
+
+    set_up_logging(json=log_json, level=logging.INFO if verbose else logging.WARNING)
+
+
+def exit_code(error: BaseException) -> int:
+    """Which code an error ends the process with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, PlanRefused | ObjectChanged):
+        return 5
+    if isinstance(error, StorageFull | StorageReadOnly | StepError):
+        return 3
+    return 2 if isinstance(error, AuthorError | ObjectNotFound) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Nothing but this function ends the process on an error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    try:
+        app(args=given, prog_name="kontext-batch", standalone_mode=True)
+    except SystemExit as end:  # typer's way to end; usage errors are told already
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if as_json and code == 2:
+            output.event("error", message="the command was not understood; see standard error", exit=2)
+        return code
+    except (KontextBatchError, KeyboardInterrupt) as error:
+        code = exit_code(error)
+        _tell(error, code, as_json=as_json)
+        return code
+    except BrokenPipeError:  # whoever read our output has gone (`| head`)
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        where = _keep_traceback()
+        output.tell(f"internal error: {type(error).__name__}: {error}\nthe traceback is in {where}; please report it")
+        if as_json:
+            output.event("error", message=f"{type(error).__name__}: {error}", traceback=where, exit=1)
+        return 1
+    return 0
+
+
+def _tell(error: BaseException, code: int, *, as_json: bool) -> None:
+    problems = list(map(str, error.problems)) if isinstance(error, RecipeError) else []
+    reasons = list(error.reasons) if isinstance(error, PlanRefused) else []
+    message = "interrupted; nothing is lost: the same command goes on" if code == 130 else str(error)
+    for each in problems or [f"refused: {reason}" for reason in reasons] or [message]:
+        output.tell(each)
+    if problems:
+        output.tell(f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'}")
+    if isinstance(error, StorageFull):
+        output.tell("make room, then run the same command again: it goes on where it stopped")
+    if as_json:
+        name = "interrupted" if code == 130 else "error"
+        output.event(name, message=message, problems=problems or reasons, exit=code)
+
+
+def _keep_traceback() -> str:
+    """Write the traceback to a file that can be sent along; returns its path."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kontext-batch-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(traceback.format_exc())
+            return file.name
+    except OSError:
+        output.tell(traceback.format_exc())
+        return "standard error"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

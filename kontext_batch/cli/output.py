@@ -1,0 +1,66 @@
+"""What commands write: results to standard output, side talk to standard error, events as NDJSON under `--json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+TERMINAL_EVENTS = frozenset({"finished", "interrupted", "error"})
+"""Exactly one of these ends the NDJSON of `run --json`; a failing command ends with `error`."""
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses, tuples and times as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(each) for each in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value
+
+
+def say(text: str = "") -> None:
+    """A line of the result."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """A line of side talk."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def say_json(value: Any) -> None:
+    """A document of the result, indented."""
+    say(json.dumps(as_json(value), indent=2, ensure_ascii=False))
+
+
+def event(name: str, **values: Any) -> None:
+    """One event, one line."""
+    say(json.dumps({"event": name, **as_json(values)}, ensure_ascii=False))
+
+
+def table(columns: list[str], rows: list[list[object]], *, right: tuple[int, ...] = ()) -> None:
+    """A table on standard output; without a terminal, wide enough for its cells. `right`: numbers of right columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=10_000)
+    console.print(drawn)

@@ -1,0 +1,217 @@
+"""`run` and `submit`: from a recipe to delivered images, or to a run that others work on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+
+from kontext_batch.cli import common, output
+from kontext_batch.errors import PlanRefused
+
+if TYPE_CHECKING:
+    from kontext_batch.bootstrap import Application
+    from kontext_batch.cli.progress import Progress
+    from kontext_batch.planning.plan import PlannedStep
+    from kontext_batch.ports import RunSummary
+    from kontext_batch.services.prepare import Prepared
+
+EXIT_DONE, EXIT_FAILURES, EXIT_INTERRUPTED = 0, 3, 130
+
+
+def run(
+    file: common.FileArgument,
+    workspace: common.WorkspaceOption = None,
+    only: common.OnlyOption = None,
+    limit: common.LimitOption = None,
+    priority: common.PriorityOption = 0,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Plan FILE, compute what is not there yet, and deliver the images.
+
+    The same command again goes on where it stopped, and finds nothing to do when all is done.
+
+    Example: kontext-batch run spring.yaml --only item=RX-100,locale=de --limit 4
+    """
+    at = common.target(file)
+    with common.opened(workspace, at=at) as application:
+        ready = common.prepared(application, at, common.selection(only, limit))
+        announce(ready, as_json=as_json)
+        run_id = submitted(application, ready, priority=priority, as_json=as_json)
+        paths = [each.path for each in ready.plan.deliveries]
+        raise typer.Exit(work(application, run_id, paths, as_json=as_json))
+
+
+def submit(
+    file: common.FileArgument,
+    workspace: common.WorkspaceOption = None,
+    only: common.OnlyOption = None,
+    limit: common.LimitOption = None,
+    priority: common.PriorityOption = 0,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Plan FILE and store the run; workers (`workers start`) compute it.
+
+    Example: kontext-batch submit spring.yaml --priority 5
+    """
+    at = common.target(file)
+    with common.opened(workspace, at=at) as application:
+        ready = common.prepared(application, at, common.selection(only, limit))
+        announce(ready, as_json=as_json)
+        run_id = submitted(application, ready, priority=priority, as_json=as_json)
+        if as_json:
+            output.event("finished", run=run_id, state="running", exit=EXIT_DONE)
+
+
+def announce(ready: Prepared, *, as_json: bool) -> None:
+    """What the plan comes to, before anything is paid for. Raises `PlanRefused`."""
+    states = [each.status for each in ready.explained]
+    counts = {status: states.count(status) for status in ("run", "cached", "shared")}
+    seconds = sum(step.gpu_seconds for step in _running(ready))
+    if as_json:
+        output.event(
+            "planned",
+            recipe=ready.plan.recipe,
+            instances=counts,
+            outputs=len(ready.plan.deliveries),
+            skipped=len(ready.plan.skipped),
+            gpu_seconds=seconds,
+            notes=ready.plan.notes,
+        )
+    else:
+        about = f", about {seconds:.0f} s of sampling" if seconds else ""
+        output.tell(
+            f"{ready.plan.recipe}: {len(ready.plan.deliveries)} outputs; "
+            f"{counts['run']} steps to run, {counts['cached']} cached, {counts['shared']} shared{about}"
+        )
+        for row in ready.plan.skipped:
+            output.tell(f"skipped {row.axis}={row.row}: {row.reason} ({row.file}:{row.line})")
+    if ready.refusals:
+        raise PlanRefused(ready.refusals)
+
+
+def submitted(application: Application, ready: Prepared, *, priority: int, as_json: bool) -> int:
+    """The run of this plan: the unfinished one of an earlier command, else a new one."""
+    from kontext_batch.services.prepare import submit as store_run
+    from kontext_batch.services.questions import unfinished_run
+
+    run_id = unfinished_run(application.repository, ready)
+    continued = run_id is not None
+    if run_id is None:
+        run_id = store_run(application.repository, application.wake_ups, ready, trigger="cli", priority=priority)
+    if as_json:
+        output.event("submitted", run=run_id, continued=continued)
+    else:
+        output.tell(f"run {run_id} goes on" if continued else f"run {run_id}")
+    return run_id
+
+
+def work(application: Application, run_id: int, paths: Sequence[str], *, as_json: bool) -> int:
+    """Work on the run until it has a final state or a signal comes; returns the exit code.
+
+    `paths`: where it delivers to, to say where the outputs are.
+    """
+    worker = application.worker()
+    with stopped_by_signals(worker.stopping), _progress(as_json=as_json) as progress:
+        summary = worker.run_until_done(run_id, on_step=progress.on_step, on_progress=progress.on_progress)
+    if summary.finished is None:
+        again = "the same command goes on where it stopped"
+        if as_json:
+            output.event("interrupted", run=run_id, message=again, exit=EXIT_INTERRUPTED)
+        else:
+            output.tell(f"run {run_id} was interrupted; nothing is lost: {again}")
+        return EXIT_INTERRUPTED
+    return report(application, summary, paths, as_json=as_json)
+
+
+def report(application: Application, summary: RunSummary, paths: Sequence[str], *, as_json: bool) -> int:
+    """How the run ended, and where its outputs are; returns the exit code."""
+    from kontext_batch.planning.states import RunState, StepState
+
+    code = EXIT_DONE if summary.state is RunState.DONE else EXIT_FAILURES
+    bad = (StepState.FAILED, StepState.QUARANTINED)
+    failed = [] if code == EXIT_DONE else application.repository.run_steps(summary.id, states=bad)
+    folders = output_folders(paths)
+    if as_json:
+        output.event(
+            "finished",
+            run=summary.id,
+            state=summary.state,
+            steps=summary.steps,
+            cached=summary.cached,
+            delivered=summary.delivered,
+            deliveries=summary.deliveries,
+            failures=[{"step": each.id, "node": each.node, "axes": each.axes, "error": each.error} for each in failed],
+            outputs=folders,
+            exit=code,
+        )
+        return code
+    from kontext_batch.planning.render import axes_text
+
+    for each in failed:
+        output.tell(f"failed: {each.node} {axes_text(each.axes)}: {each.error}")
+    if summary.failed_deliveries:
+        output.tell(f"{summary.failed_deliveries} outputs could not be delivered: see `kontext-batch runs show`")
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(summary.steps.items()))
+    output.tell(
+        f"run {summary.id} {summary.state}: {counts} ({summary.cached} were cached); "
+        f"{summary.delivered} of {summary.deliveries} outputs delivered"
+    )
+    for folder in folders:
+        output.say(folder)
+    return code
+
+
+def output_folders(paths: Sequence[str]) -> list[str]:
+    """Where the outputs of a run are: the folder above all of them, one for each store."""
+    from kontext_batch.storage.uris import file_path
+
+    stores: dict[str, list[str]] = {}
+    for path in paths:
+        scheme, _, rest = path.partition("://")
+        stores.setdefault(scheme, []).append(rest)
+    folders = []
+    for scheme, places in stores.items():
+        common_path = os.path.commonpath([os.path.dirname(each) for each in places])
+        uri = f"{scheme}://{common_path}/"
+        folders.append(file_path(uri) if scheme == "file" else uri)
+    return folders
+
+
+@contextmanager
+def stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
+    """SIGINT or SIGTERM sets `stopping`; a second one ends the process at once, and the leases run out."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        stopping.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _progress(*, as_json: bool) -> Progress:
+    from kontext_batch.cli.progress import BarProgress, LineProgress
+
+    return BarProgress() if not as_json and sys.stderr.isatty() else LineProgress(json=as_json)
+
+
+def _running(ready: Prepared) -> list[PlannedStep]:
+    keys = {each.instance.key for each in ready.explained if each.status == "run"}
+    return [step for step in ready.plan.steps if step.key in keys]
