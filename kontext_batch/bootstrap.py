@@ -137,6 +137,7 @@ class Application:
             lease_seconds=self.settings.lease_seconds,
             batch_rows=self.settings.batch_rows,
             content_filter=self.content_filter,
+            keep_bytes=self.settings.cache_limit,
         )
 
     def close(self) -> None:

@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=60.0, ge=30.0)
     """How long a worker may be silent before its steps go to another. A SQLite writer was seen to wait 3.5 s."""
     cache_limit: PositiveInt = 20 * 10**9
-    """Bytes of artifacts to keep in a workspace; above it `gc` removes what can be computed again, oldest first."""
+    """Bytes of artifacts to keep in a workspace. Above it, the end of a run and `gc` remove what can be computed again,
+    oldest first."""
     max_pixels: PositiveInt = 100_000_000
     """Most pixels of a source picture."""
     max_input_bytes: PositiveInt = 200 * 10**6

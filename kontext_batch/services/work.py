@@ -15,7 +15,7 @@ from kontext_batch.errors import StorageFull, StorageReadOnly
 from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import Executor
-from kontext_batch.services.maintain import reconcile
+from kontext_batch.services.maintain import collect_garbage, reconcile
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +62,8 @@ class Worker:
     lease_seconds: float
     batch_rows: int
     content_filter: ContentFilter | None = None
+    keep_bytes: int | None = None
+    """Most bytes of artifacts to leave behind when a run is finished; None keeps everything."""
     lanes: Callable[[str], bool] | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
@@ -93,6 +95,8 @@ class Worker:
                     if on_progress is not None:
                         on_progress(summary)
                     if summary.finished is not None:
+                        if self.keep_bytes is not None:
+                            collect_garbage(self.repository, self.store, keep_bytes=self.keep_bytes)
                         return summary
                     if not worked and not delivered:
                         reconcile(self.repository)

@@ -211,3 +211,12 @@ def test_garbage_goes_oldest_first_and_comes_back_when_asked_for(studio: Studio)
     summary = studio.worker().run_until_done(studio.submit())
     assert summary.state is RunState.DONE
     assert len(studio.editor.jobs) == 6
+
+
+def test_a_finished_run_leaves_no_more_than_the_size_limit(studio: Studio) -> None:
+    worker = studio.worker()
+    worker.keep_bytes = 3000
+    assert worker.run_until_done(studio.submit()).state is RunState.DONE
+    left = [each.stat().st_size for each in Path(studio.app.workspace, "objects").rglob("*.png")]
+    assert 0 < sum(left) <= 3000
+    assert len(studio.outputs()) == 4
