@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,10 +145,13 @@ class Application:
         self.repository.close()
 
 
-def open_application(settings: Settings, *, workspace: Path, recipe_folder: Path | None = None) -> Application:
+def open_application(
+    settings: Settings, *, workspace: Path, recipe_folder: Path | None = None, more_folders: Sequence[Path] = ()
+) -> Application:
     """Open, or make, a workspace. Raises `SettingsError` when it cannot be used.
 
     `recipe_folder`: the folder that the recipe lies in; it may be read and delivered to, with all below it.
+    `more_folders`: likewise, for a worker that serves the runs of several recipes.
     """
     workspace = workspace.resolve()
     try:
@@ -157,7 +160,8 @@ def open_application(settings: Settings, *, workspace: Path, recipe_folder: Path
         raise SettingsError(f"{workspace}: the workspace cannot be made ({error.strerror})") from error
     url = settings.database_url or f"sqlite:///{workspace / DATABASE}"
     migrate.upgrade(url)
-    own = [file_uri(workspace)] + ([] if recipe_folder is None else [file_uri(recipe_folder.resolve())])
+    folders = [*([] if recipe_folder is None else [recipe_folder]), *more_folders]
+    own = [file_uri(workspace), *(file_uri(folder.resolve()) for folder in folders)]
     objects = prefix_uri(settings.objects) if settings.objects else file_uri(workspace)
     readable = (*own, *map(prefix_uri, settings.read_prefixes))
     writable = (*own, *map(prefix_uri, settings.write_prefixes))

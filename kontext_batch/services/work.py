@@ -22,6 +22,9 @@ log = structlog.get_logger(__name__)
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 
+SERVED_RUNS = 1000
+"""The newest so many runs are looked at for work."""
+
 
 class Stopped(Exception):
     """The worker was told to stop in the middle of a batch."""
@@ -104,6 +107,31 @@ class Worker:
         finally:
             self.repository.retire_worker(self.info.id)
         return self.repository.run(run_id)
+
+    def serve(self, covers: Callable[[RunSummary], bool]) -> None:
+        """Work on every running run, highest priority first, until `stopping` is set.
+
+        Returns early when a run turns up that `covers` says no to: whoever called opens its folders and calls again.
+        """
+        self.repository.register_worker(self.info)
+        try:
+            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
+                while not self.stopping.is_set():
+                    reconcile(self.repository)
+                    running = [run for run in self.repository.runs(limit=SERVED_RUNS) if run.finished is None]
+                    if not all(map(covers, running)):
+                        return
+                    running.sort(key=lambda run: (-run.priority, run.id))
+                    worked = any(self.work_once(run_id=run.id) for run in running)
+                    delivered = sum(
+                        deliver_pending(self.repository, self.store, run_id=run.id, content_filter=self.content_filter)
+                        for run in running
+                    )
+                    self.repository.finish_runs()
+                    if not worked and not delivered:
+                        self.stopping.wait(IDLE_SECONDS)
+        finally:
+            self.repository.retire_worker(self.info.id)
 
     def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None) -> bool:
         """Claim and execute one batch; False when nothing is ready."""
