@@ -75,21 +75,38 @@ def target(file: str) -> Target:
     return Target(file_uri(path.absolute()), file, path.absolute().parent)
 
 
+def target_of(source: str) -> Target:
+    """The file that a run came from, by its URI. Raises `SettingsError` when it is gone."""
+    from kontext_batch.storage.uris import file_path
+
+    return target(file_path(source) if source.startswith("file:") else source)
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder of the file that a run came from; None for one in a bucket."""
+    from kontext_batch.storage.uris import file_path
+
+    return Path(file_path(source)).parent if source.startswith("file:") else None
+
+
 @contextmanager
-def opened(workspace: Path | None, *, at: Target | None = None) -> Iterator[Application]:
+def opened(
+    workspace: Path | None, *, at: Target | None = None, source: str | None = None, folders: Sequence[Path] = ()
+) -> Iterator[Application]:
     """The workspace asked for, else the one beside the recipe, else the one in the working folder.
 
-    Only a command with a recipe makes a workspace; the others raise `SettingsError` when there is none.
+    Only a command with a recipe makes a workspace; the others raise `SettingsError` when there is none. `source`: the
+    URI of a recipe that ran here, whose folder may be used again; `folders`: as those of several recipes.
     """
     from kontext_batch.bootstrap import open_application
     from kontext_batch.settings import load_settings
 
-    folder = None if at is None else at.folder
+    folder = at.folder if at is not None else None if source is None else folder_of(source)
     settings = load_settings()
-    chosen = workspace if workspace is not None else (folder or Path.cwd()) / WORKSPACE
+    chosen = workspace if workspace is not None else (at.folder if at and at.folder else Path.cwd()) / WORKSPACE
     if at is None and settings.database_url is None and not chosen.is_dir():
         raise SettingsError(f"{chosen}: there is no workspace here; name one with --workspace DIR")
-    application = open_application(settings, workspace=chosen, recipe_folder=folder)
+    application = open_application(settings, workspace=chosen, recipe_folder=folder, more_folders=folders)
     try:
         yield application
     finally:

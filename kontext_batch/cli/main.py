@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from kontext_batch.cli import output, run
+from kontext_batch.cli import models, output, plan, recipes, run, runs, steps, workspace
 from kontext_batch.errors import (
     AuthorError,
     KontextBatchError,
@@ -35,8 +35,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(run.run)
-app.command()(run.submit)
+for command in (
+    run.run,
+    plan.plan,
+    run.submit,
+    runs.status,
+    steps.explain,
+    steps.lineage,
+    workspace.doctor,
+    workspace.gc,
+):
+    app.command()(command)
+for noun in (runs.app, steps.app, recipes.app, models.app, models.adapters, workspace.workers, workspace.db):
+    app.add_typer(noun)
 
 
 def _version(asked: bool) -> None:
@@ -82,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if as_json and code == 2:
             output.event("error", message="the command was not understood; see standard error", exit=2)
+        if as_json and code == 130 and not output.has_ended():  # Ctrl-C before the worker started
+            output.event("interrupted", message="nothing was computed", exit=130)
         return code
     except (KontextBatchError, KeyboardInterrupt) as error:
         code = exit_code(error)

@@ -11,6 +11,12 @@ from typing import Any
 
 TERMINAL_EVENTS = frozenset({"finished", "interrupted", "error"})
 """Exactly one of these ends the NDJSON of `run --json`; a failing command ends with `error`."""
+_last = ""
+
+
+def has_ended() -> bool:
+    """Whether the last event that was written is a terminal one."""
+    return _last in TERMINAL_EVENTS
 
 
 def as_json(value: Any) -> Any:
@@ -45,6 +51,8 @@ def say_json(value: Any) -> None:
 
 def event(name: str, **values: Any) -> None:
     """One event, one line."""
+    global _last
+    _last = name
     say(json.dumps({"event": name, **as_json(values)}, ensure_ascii=False))
 
 

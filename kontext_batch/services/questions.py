@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kontext_batch.errors import ObjectNotFound
+from kontext_batch.planning.params import SAMPLING
+from kontext_batch.planning.plan import Axes
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import AttemptRow, Repository, RunSummary, SourceInput, StepRow
-from kontext_batch.services.prepare import Prepared
+from kontext_batch.services.prepare import InstanceId, Prepared, earlier_takes
+
+HISTORY = 50
+"""Runs that are looked through for how a step was before."""
 
 
 def unfinished_run(repository: Repository, prepared: Prepared) -> int | None:
@@ -82,3 +87,67 @@ def chain(repository: Repository, step: StepRow) -> Sequence[Link]:
         )
         for each in order
     ]
+
+
+def chosen_keys(
+    repository: Repository, run_id: int, only: Mapping[str, Sequence[str]], nodes: Sequence[str] | None
+) -> list[str]:
+    """Keys of the run's steps that `--only` and `--step` mean. Raises `ObjectNotFound` when that is none."""
+    rows = repository.run_steps(run_id)
+    keys = [row.key for row in rows if _means(row.node, row.axes, only, nodes)]
+    if not keys:
+        raise ObjectNotFound(f"run {run_id} has no step that --only and --step mean; see `runs show {run_id}`")
+    return keys
+
+
+def next_takes(repository: Repository, ready: Prepared, nodes: Sequence[str] | None) -> Mapping[InstanceId, int]:
+    """The next take for each sampled instance that was selected; shared steps above that name fewer axes stay.
+
+    Raises `ObjectNotFound` when that is none.
+    """
+    sampled = {step.key for step in ready.plan.steps if step.operation in SAMPLING}
+    before = earlier_takes(repository.latest_instances(ready.plan.recipe))
+    only = {axis.partition(".")[0]: () for axis in ready.selection.only}
+    takes = {
+        (each.node, each.axes, each.candidate): before.get((each.node, each.axes, each.candidate), 0) + 1
+        for each in ready.plan.instances
+        if each.key in sampled and _means(each.node, each.axes, only, nodes)
+    }
+    if not takes:
+        raise ObjectNotFound("nothing that a model makes is meant by --only and --step")
+    return takes
+
+
+def _means(node: str, axes: Axes, only: Mapping[str, Sequence[str]], nodes: Sequence[str] | None) -> bool:
+    """Whether an instance names every axis of `only` with one of its values; no values: any."""
+    values = dict(axes)
+    named = all(axis in values and (not wanted or values[axis] in wanted) for axis, wanted in only.items())
+    return named and (not nodes or node in nodes)
+
+
+def why(repository: Repository, step: StepRow) -> Sequence[str]:
+    """Why a step was computed rather than found: how it differs from the run of the recipe before it."""
+    here: RunSummary | None = None
+    for run in repository.runs(limit=HISTORY):
+        if here is not None and run.recipe != here.recipe:
+            continue
+        found = [
+            row
+            for row in repository.find_steps(step.node, run_id=run.id)
+            if (row.node, row.axes, row.candidate) == (step.node, step.axes, step.candidate)
+        ]
+        if any(row.key == step.key for row in found):
+            here = run
+        elif here is not None and found:
+            return [f"since run {run.id}: {reason}" for reason in _differences(found[0], step)]
+    if here is None:
+        return []
+    return [f"never run before run {here.id}"]
+
+
+def _differences(old: StepRow, new: StepRow) -> list[str]:
+    names = sorted(set(old.params) | set(new.params))
+    changed = [f"{name} changed" for name in names if old.params.get(name) != new.params.get(name)]
+    if old.operation != new.operation:
+        changed.insert(0, "operation changed")
+    return changed or ["a picture that it reads changed"]

@@ -1,0 +1,105 @@
+"""What `doctor` looks at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kontext_batch.errors import KontextBatchError
+
+LEAST_FREE = 10**9
+"""Bytes that a workspace should have left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of `doctor`."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+    """What to do when it is not ok."""
+
+
+def all_checks(workspace: Path) -> Iterator[Check]:
+    """Settings first; what needs something that failed is left out."""
+    from kontext_batch.bootstrap import DATABASE
+    from kontext_batch.settings import load_settings
+
+    try:
+        settings = load_settings()
+    except KontextBatchError as error:
+        yield Check("settings", False, str(error), "mend the file or the variable that it names")
+        return
+    yield Check("settings", True, "sound")
+    workspace = workspace.resolve()
+    found = workspace.is_dir()
+    usable = found and os.access(workspace, os.W_OK | os.X_OK)
+    yield Check(
+        "workspace",
+        usable,
+        f"{workspace}" + ("" if usable else " may not be written to" if found else " is not there"),
+        "name one with --workspace DIR; `run FILE` makes it",
+    )
+    if found:
+        free = shutil.disk_usage(workspace).free
+        yield Check("space", free >= LEAST_FREE, f"{free // 10**6} MB free", "make room, or run `gc`")
+    if usable or settings.database_url is not None:
+        yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
+        yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
+    yield from _models(settings.models_file)
+    yield _device(settings.device)
+
+
+def _database(url: str) -> Check:
+    from kontext_batch.lineage import migrate
+
+    try:
+        migrate.check(url)
+    except KontextBatchError as error:
+        return Check("database", False, str(error), "run `kontext-batch db upgrade`")
+    return Check("database", True, "at this version's revision")
+
+
+def _store(objects: str | None, endpoint: str | None, region: str | None, workspace: Path) -> Check:
+    from kontext_batch.bootstrap import prefix_uri
+    from kontext_batch.storage.router import open_store
+    from kontext_batch.storage.uris import file_uri
+
+    place = prefix_uri(objects) if objects else file_uri(workspace)
+    probe = f"{place.rstrip('/')}/doctor-{os.getpid()}.txt"
+    try:
+        store = open_store([place], [place], s3_endpoint=endpoint, s3_region=region)
+        store.write(probe, b"doctor\n", media_type="text/plain")
+        store.delete(probe)
+    except KontextBatchError as error:
+        return Check("store", False, str(error), "see that the place is there and may be written to")
+    return Check("store", True, f"{place} can be written to")
+
+
+def _models(file: Path) -> Iterator[Check]:
+    from kontext_batch.registry import Registry, signature
+
+    try:
+        registry = Registry.read(file)
+    except KontextBatchError as error:
+        yield Check("models", False, str(error), f"mend or remove {file}, then `models add` again")
+        return
+    entries = [("model", *each) for each in registry.models.items()]
+    for kind, name, entry in [*entries, *(("adapter", *each) for each in registry.adapters.items())]:
+        there = entry.path.exists()
+        ok = there and signature(entry.path) == entry.signature
+        found = "unchanged" if ok else "the files changed" if there else f"{entry.path} is gone"
+        yield Check(
+            f"{kind} {name}", ok, found, f"`kontext-batch {kind}s add {name} {entry.path}` takes them as they are"
+        )
+
+
+def _device(device: str) -> Check:
+    from kontext_batch.editor import numeric_mode
+
+    return Check("device", True, f"{device}, computing in {numeric_mode(device, 'auto')}")

@@ -1,0 +1,164 @@
+"""`models list|add|verify|convert` and `adapters list|add`: the weights that recipes may name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kontext_batch.cli import common, output
+from kontext_batch.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kontext_batch.registry import ModelEntry, Registry
+    from kontext_batch.settings import Settings
+
+app = typer.Typer(name="models", help="Models that recipes may name.", no_args_is_help=True, rich_markup_mode=None)
+adapters = typer.Typer(
+    name="adapters", help="LoRA adapters that recipes may name.", no_args_is_help=True, rich_markup_mode=None
+)
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="As recipes name it.", show_default=False)]
+PathArgument = Annotated[Path, typer.Argument(metavar="PATH", show_default=False)]
+LicenceOption = Annotated[str, typer.Option("--licence", help="Name of its licence, for the records.")]
+
+
+@app.command("list")
+def list_models(as_json: common.JsonOption = False) -> None:
+    """Registered models.
+
+    Example: kontext-batch models list --json
+    """
+    _, registry = _registry()
+    if as_json:
+        output.say_json({name: entry.model_dump(mode="json") for name, entry in registry.models.items()})
+        return
+    output.table(
+        ["name", "layout", "native area", "licence", "filter", "sha256", "path"],
+        [
+            [
+                name,
+                entry.layout,
+                entry.native_area,
+                entry.licence,
+                "required" if entry.requires_filter else "",
+                entry.sha256[:12],
+                entry.path,
+            ]
+            for name, entry in sorted(registry.models.items())
+        ],
+        right=(2,),
+    )
+
+
+@app.command()
+def add(
+    name: NameArgument,
+    path: PathArgument,
+    licence: LicenceOption = "",
+    requires_filter: Annotated[
+        bool, typer.Option("--requires-filter", help="Its licence asks for a content filter before delivery.")
+    ] = False,
+    load: Annotated[bool, typer.Option(help="Load it whole to see that nothing is missing; needs its memory.")] = True,
+) -> None:
+    """Check and hash the model folder at PATH (diffusers or BFL layout) and register it as NAME.
+
+    Example: kontext-batch models add kontext-dev /models/FLUX.1-Kontext-dev --licence "FLUX.1 dev" --requires-filter
+    """
+    from kontext_batch import editor
+    from kontext_batch.bootstrap import model_entry
+
+    settings, registry = _registry()
+    entry = model_entry(path.absolute(), licence=licence, requires_filter=requires_filter)
+    complete = registry.with_model(name, entry)
+    if load:
+        editor.check_model(entry.path)
+    complete.write(settings.models_file)
+    output.say(f"model {name}: {entry.layout} layout, {entry.native_area} pixels, sha256 {entry.sha256[:12]}")
+
+
+@app.command()
+def verify(name: NameArgument) -> None:
+    """Hash a model's files again and load it strictly. Exit code 2 when it is not what was registered.
+
+    Example: kontext-batch models verify kontext-dev
+    """
+    from kontext_batch import editor
+
+    _, registry = _registry()
+    entry = _entry(registry, name)
+    facts = editor.read_model(entry.path)
+    if facts.sha256 != entry.sha256:
+        raise SettingsError(f"model '{name}': the files at {entry.path} changed; `models add` it again to use them")
+    editor.check_model(entry.path)
+    output.say(f"model {name} is whole and unchanged: sha256 {facts.sha256}")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="NAME|PATH", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", show_default=False)],
+) -> None:
+    """Write a model, of either layout, as a diffusers folder at TARGET.
+
+    Example: kontext-batch models convert /models/bfl /models/kontext-diffusers
+    """
+    from kontext_batch import editor
+
+    _, registry = _registry()
+    path = registry.models[model].path if model in registry.models else Path(model)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SettingsError(f"{target}: something is there already")
+    editor.convert_model(path, target)
+    output.say(str(target))
+
+
+@adapters.command("list")
+def list_adapters(as_json: common.JsonOption = False) -> None:
+    """Registered adapters.
+
+    Example: kontext-batch adapters list
+    """
+    _, registry = _registry()
+    if as_json:
+        output.say_json({name: entry.model_dump(mode="json") for name, entry in registry.adapters.items()})
+        return
+    rows: list[list[object]] = [
+        [name, entry.licence, entry.sha256[:12], entry.path] for name, entry in sorted(registry.adapters.items())
+    ]
+    output.table(["name", "licence", "sha256", "path"], rows)
+
+
+@adapters.command("add")
+def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption = "") -> None:
+    """Hash the LoRA file at PATH (safetensors) and register it as NAME.
+
+    Example: kontext-batch adapters add brand-look looks/brand.safetensors
+    """
+    from kontext_batch import editor
+    from kontext_batch.registry import AdapterEntry, signature
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise SettingsError(f"{path}: a safetensors file is expected")
+    settings, registry = _registry()
+    file = path.absolute()
+    sha256 = editor.hash_adapter(file)
+    entry = AdapterEntry(path=file, sha256=sha256, signature=signature(file), licence=licence)
+    registry.with_adapter(name, entry).write(settings.models_file)
+    output.say(f"adapter {name}: sha256 {sha256[:12]}")
+
+
+def _registry() -> tuple[Settings, Registry]:
+    from kontext_batch.bootstrap import with_shipped
+    from kontext_batch.registry import Registry
+    from kontext_batch.settings import load_settings
+
+    settings = load_settings()
+    return settings, with_shipped(Registry.read(settings.models_file), settings.models_file)
+
+
+def _entry(registry: Registry, name: str) -> ModelEntry:
+    if name not in registry.models:
+        known = ", ".join(sorted(registry.models)) or "none"
+        raise SettingsError(f"model '{name}' is not registered; registered: {known}")
+    return registry.models[name]

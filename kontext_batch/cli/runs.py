@@ -1,0 +1,192 @@
+"""`status` and `runs list|show|retry|cancel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kontext_batch.cli import common, output
+from kontext_batch.cli.run import submitted, work
+from kontext_batch.errors import ObjectNotFound
+
+if TYPE_CHECKING:
+    from kontext_batch.ports import RunSummary, StepRow
+
+app = typer.Typer(name="runs", help="Runs of a workspace.", no_args_is_help=True, rich_markup_mode=None)
+RunArgument = Annotated[int, typer.Argument(metavar="RUN", help="Number of the run.", show_default=False)]
+
+
+def status(
+    run: Annotated[
+        int | None, typer.Argument(metavar="[RUN]", help="Left out, the newest.", show_default=False)
+    ] = None,
+    workspace: common.WorkspaceOption = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """How a run stands.
+
+    Example: kontext-batch status 12 --json
+    """
+    from kontext_batch.services.questions import newest_run
+
+    with common.opened(workspace) as application:
+        summary = newest_run(application.repository, run)
+    if as_json:
+        output.say_json(summary)
+        return
+    output.say(f"run {summary.id} {summary.state}: {summary.recipe}, by {summary.owner}, from {summary.source}")
+    output.say(f"steps: {_steps(summary)}; {summary.cached} were cached")
+    failed = f", {summary.failed_deliveries} failed" if summary.failed_deliveries else ""
+    output.say(f"outputs: {summary.delivered} of {summary.deliveries} delivered{failed}")
+    output.say(f"created {summary.created:%Y-%m-%d %H:%M}" + _finished(summary))
+
+
+@app.command("list")
+def list_runs(
+    workspace: common.WorkspaceOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Runs, newest first.
+
+    Example: kontext-batch runs list --limit 5
+    """
+    with common.opened(workspace) as application:
+        runs = application.repository.runs(limit=limit)
+    if as_json:
+        output.say_json(runs)
+        return
+    output.table(
+        ["run", "state", "recipe", "owner", "steps", "delivered", "created"],
+        [
+            [
+                each.id,
+                each.state,
+                each.recipe,
+                each.owner,
+                _steps(each),
+                f"{each.delivered}/{each.deliveries}",
+                f"{each.created:%Y-%m-%d %H:%M}",
+            ]
+            for each in runs
+        ],
+        right=(0,),
+    )
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    workspace: common.WorkspaceOption = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only steps in this state: failed, skipped, ...", show_default=False)
+    ] = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """A run and its steps.
+
+    Example: kontext-batch runs show 12 --state failed
+    """
+    from kontext_batch.planning.states import StepState
+
+    if state is not None and state not in list(StepState):
+        raise typer.BadParameter(f"'{state}' is none of {', '.join(StepState)}", param_hint="--state")
+    states = None if state is None else [StepState(state)]
+    with common.opened(workspace) as application:
+        summary = application.repository.run(run)
+        rows = application.repository.run_steps(run, states=states)
+    if as_json:
+        output.say_json({"run": summary, "steps": rows})
+        return
+    output.say(f"run {summary.id} {summary.state}: {summary.recipe}; {_steps(summary)}" + _finished(summary))
+    step_table(rows)
+
+
+@app.command()
+def retry(
+    run: RunArgument,
+    workspace: common.WorkspaceOption = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Everything that did not succeed.")] = False,
+    only: common.OnlyOption = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option("--step", metavar="NAME", help="Only these steps of the recipe.", show_default=False),
+    ] = None,
+    take: Annotated[bool, typer.Option("--take", help="Make pictures that are done anew, with another seed.")] = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Make failed steps again, or with --take unloved pictures, and work on them.
+
+    Example: kontext-batch runs retry 12 --only item=RX-100,scene=terrace --take
+    """
+    chosen = common.selection(only, None)
+    if failed == bool(chosen.only or step):
+        raise typer.BadParameter("say what is made again: --failed, or --only AXIS=VALUE,...", param_hint="--failed")
+    if failed and take:
+        raise typer.BadParameter("a failed step needs no new take: --failed alone", param_hint="--take")
+    from kontext_batch.services import questions
+
+    with common.opened(workspace) as application:
+        summary = application.repository.run(run)
+    with common.opened(workspace, source=summary.source) as application:
+        paths: list[str] = []
+        if take:
+            at = common.target_of(summary.source)
+            if at.is_plan:
+                raise typer.BadParameter("the run came from a plan: run its recipe first", param_hint="--take")
+            takes = questions.next_takes(application.repository, common.prepared(application, at, chosen), step)
+            ready = common.prepared(application, at, chosen, takes=takes)
+            paths = [each.path for each in ready.plan.deliveries]
+            run = submitted(application, ready, priority=summary.priority, as_json=as_json)
+        else:
+            keys = None if failed else questions.chosen_keys(application.repository, run, chosen.only, step)
+            count = application.repository.retry_run(run, keys=keys)
+            output.tell(f"{count} steps of run {run} are made again")
+        code = work(application, run, paths, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command()
+def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
+    """Stop a run; steps that other runs want go on.
+
+    Example: kontext-batch runs cancel 12
+    """
+    with common.opened(workspace) as application:
+        summary = application.repository.run(run)
+        if summary.finished is not None:
+            raise ObjectNotFound(f"run {run} has ended already: {summary.state}")
+        count = application.repository.cancel_run(run)
+    output.say(f"run {run} is cancelled; {count} steps will not be computed")
+
+
+def step_table(rows: Sequence[StepRow]) -> None:
+    """Steps, one a line."""
+    from kontext_batch.planning.render import axes_text
+
+    output.table(
+        ["id", "step", "of", "state", "attempts", "key", "error"],
+        [
+            [
+                each.id,
+                each.node,
+                axes_text(each.axes) + (f" #{each.candidate}" if each.candidate > 1 else ""),
+                each.state,
+                each.attempts,
+                each.key.partition(":")[2][:12],
+                each.error,
+            ]
+            for each in rows
+        ],
+        right=(0, 4),
+    )
+
+
+def _steps(summary: RunSummary) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(summary.steps.items())) or "none"
+
+
+def _finished(summary: RunSummary) -> str:
+    return "" if summary.finished is None else f", finished {summary.finished:%Y-%m-%d %H:%M}"

@@ -1,0 +1,170 @@
+"""`steps show|logs`, `explain` and `lineage`: questions about single pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kontext_batch.cli import common, output
+from kontext_batch.errors import ObjectNotFound
+
+if TYPE_CHECKING:
+    from kontext_batch.ports import AttemptRow, Repository, StepRow
+    from kontext_batch.services.questions import Link
+
+app = typer.Typer(name="steps", help="Single steps.", no_args_is_help=True, rich_markup_mode=None)
+StepArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STEP|PATH",
+        help="Number, key, name of a step in the recipe, or the path of an output.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def show(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
+    """What a step is: parameters, state, picture.
+
+    Example: kontext-batch steps show kontext-out/pictures/mug/mug_ocean_shop.jpg
+    """
+    with common.opened(workspace) as application:
+        rows = meant(application.repository, step)
+    if as_json:
+        output.say_json(rows)
+        return
+    for row in rows:
+        output.say(_headline(row))
+        output.say(f"  key {row.key}\n  lane {row.lane}")
+        for name, value in sorted(row.params.items()):
+            output.say(f"  {name}: {value}")
+        if row.artifact is not None:
+            made = row.artifact
+            output.say(f"  picture {made.width}x{made.height} {made.media_type}, {made.bytes} bytes: {made.uri}")
+
+
+@app.command()
+def logs(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
+    """Every attempt at a step: worker, times, outcome, error.
+
+    Example: kontext-batch steps logs 17
+    """
+    with common.opened(workspace) as application:
+        tries = [(row, application.repository.attempts(row.id)) for row in meant(application.repository, step)]
+    if as_json:
+        output.say_json([{"step": row.id, "node": row.node, "attempts": attempts} for row, attempts in tries])
+        return
+    for row, attempts in tries:
+        output.say(_headline(row))
+        _say_attempts(attempts)
+
+
+def explain(
+    what: Annotated[str, typer.Argument(metavar="STEP|PATH|RUN", help="A step, the path of an output, or `run:12`.")],
+    workspace: common.WorkspaceOption = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Why a step ran, what became of it and what stopped it; of a run, every step that did not succeed.
+
+    Example: kontext-batch explain run:12
+    """
+    from kontext_batch.planning.states import UNSUCCESSFUL
+    from kontext_batch.services.questions import why
+
+    with common.opened(workspace) as application:
+        repository = application.repository
+        run = what.removeprefix("run:") if what.startswith("run:") else ""
+        if run.isascii() and run.isdigit():
+            summary = repository.run(int(run))
+            rows = repository.run_steps(summary.id, states=UNSUCCESSFUL)
+            if not as_json:
+                output.say(f"run {summary.id} {summary.state}; {len(rows)} steps did not succeed")
+        else:
+            rows = meant(repository, what)
+        told = [(row, why(repository, row), repository.attempts(row.id)) for row in rows]
+    if as_json:
+        output.say_json([{"step": row, "why": reasons, "attempts": attempts} for row, reasons, attempts in told])
+        return
+    for row, reasons, attempts in told:
+        output.say(_headline(row))
+        for reason in reasons:
+            output.say(f"  why: {reason}")
+        _say_attempts(attempts)
+
+
+def lineage(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
+    """Where a picture comes from: every step above it, up to the photos.
+
+    Example: kontext-batch lineage kontext-out/pictures/mug/mug_ocean_shop.jpg --json
+    """
+    from kontext_batch.services.questions import chain
+
+    with common.opened(workspace) as application:
+        chains = [chain(application.repository, row) for row in meant(application.repository, step)]
+    if as_json:
+        output.say_json(chains[0] if len(chains) == 1 else chains)
+        return
+    for links in chains:
+        _say_chain(links)
+
+
+def meant(repository: Repository, text: str) -> Sequence[StepRow]:
+    """The steps that `text` means; a file by the hash of its bytes, else by its path."""
+    from kontext_batch.hashing import sha256_hex
+    from kontext_batch.services.questions import found_steps
+    from kontext_batch.storage.uris import file_uri
+
+    path = Path(text)
+    if path.is_file():
+        found = repository.find_steps(sha256_hex(path.read_bytes()))
+        if found:
+            return found
+        try:
+            return found_steps(repository, file_uri(path.absolute()))
+        except ObjectNotFound as error:
+            raise ObjectNotFound(
+                f"{text}: this picture was not made in this workspace, or was changed since"
+            ) from error
+    return found_steps(repository, text)
+
+
+def _headline(row: StepRow) -> str:
+    from kontext_batch.planning.render import axes_text
+
+    number = f" #{row.candidate}" if row.candidate > 1 else ""
+    error = f": {row.error}" if row.error else ""
+    return f"step {row.id} {row.node} {axes_text(row.axes)}{number} ({row.operation}) {row.state}{error}"
+
+
+def _say_attempts(attempts: Sequence[AttemptRow]) -> None:
+    for each in attempts:
+        took = "" if each.ended is None else f", {(each.ended - each.started).total_seconds():.1f} s"
+        timings = " ".join(f"{name}={seconds:.2f}s" for name, seconds in sorted(each.timings.items()))
+        output.say(
+            f"  attempt {each.number} {each.outcome or 'running'}: {each.started:%Y-%m-%d %H:%M:%S}{took} "
+            f"on {each.worker_id} {timings}" + (f"\n    {each.error}" if each.error else "")
+        )
+
+
+def _say_chain(links: Sequence[Link]) -> None:
+    """The step first, each step indented under what reads it; a step read twice is written out once."""
+    by_id = {link.step.id: link for link in links}
+    told: set[int] = set()
+    todo = [(links[0].step.id, "", 0)]
+    while todo:
+        number, role, depth = todo.pop()
+        link = by_id[number]
+        prompt = link.step.params.get("prompt")
+        quoted = f' "{prompt}"' if prompt else ""
+        again = " (above)" if number in told else ""
+        output.say("  " * depth + (f"{role}: " if role else "") + _headline(link.step) + quoted + again)
+        if number in told:
+            continue
+        told.add(number)
+        for source in link.sources:
+            output.say("  " * (depth + 1) + f"{source.role}: {source.uri} sha256 {source.sha256[:12]}")
+        todo.extend((parent, role, depth + 1) for role, parent in reversed(link.parents))

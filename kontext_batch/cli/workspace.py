@@ -1,0 +1,133 @@
+"""Care for a workspace: `doctor`, `gc`, `db upgrade|check` and `workers start`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kontext_batch.cli import common, output
+from kontext_batch.cli.run import stopped_by_signals
+from kontext_batch.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kontext_batch.ports import RunSummary
+
+db = typer.Typer(name="db", help="The database.", no_args_is_help=True, rich_markup_mode=None)
+workers = typer.Typer(name="workers", help="Processes that compute.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
+    """Check workspace, database, store, models and device. Exit code 1 when something needs care.
+
+    Example: kontext-batch doctor --workspace spring/kontext-out
+    """
+    from kontext_batch.cli.checks import all_checks
+
+    checks = list(all_checks(workspace if workspace is not None else Path.cwd() / common.WORKSPACE))
+    if as_json:
+        output.say_json(checks)
+    else:
+        for each in checks:
+            advice = f"\n     {each.advice}" if each.advice and not each.ok else ""
+            output.say(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.found}{advice}")
+    raise typer.Exit(0 if all(each.ok for each in checks) else 1)
+
+
+def gc(
+    workspace: common.WorkspaceOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    keep_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Bytes of artifacts to keep; left out, cache_limit.", show_default=False),
+    ] = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Remove artifacts above the size limit that can be computed again, and uploads of nobody.
+
+    Example: kontext-batch gc --dry-run --keep-bytes 1000000000
+    """
+    from kontext_batch.services.maintain import collect_garbage, reconcile
+
+    with common.opened(workspace) as application:
+        keep = application.settings.cache_limit if keep_bytes is None else keep_bytes
+        if not dry_run:
+            reconcile(application.repository)
+        gone = collect_garbage(application.repository, application.store, keep_bytes=keep, dry_run=dry_run)
+    if as_json:
+        output.say_json(gone)
+        return
+    verb = "would be removed" if dry_run else "removed"
+    output.say(f"{gone.artifacts} artifacts of {gone.bytes} bytes and {gone.orphans} orphaned uploads {verb}")
+
+
+@db.command()
+def upgrade(workspace: common.WorkspaceOption = None) -> None:
+    """Create the tables, or bring them to this version's.
+
+    Example: kontext-batch db upgrade --workspace kontext-out
+    """
+    from kontext_batch.lineage import migrate
+
+    migrate.upgrade(_url(workspace))
+    output.say("the database is up to date")
+
+
+@db.command()
+def check(workspace: common.WorkspaceOption = None) -> None:
+    """Whether the database is at this version's revision. Exit code 2 when it is not.
+
+    Example: kontext-batch db check
+    """
+    from kontext_batch.lineage import migrate
+
+    migrate.check(_url(workspace))
+    output.say("the database is up to date")
+
+
+@workers.command()
+def start(workspace: common.WorkspaceOption = None) -> None:
+    """Work on everything that is ready in the workspace until stopped (Ctrl-C, SIGTERM).
+
+    Example: kontext-batch workers start --workspace kontext-out
+    """
+    import threading
+
+    from kontext_batch.services.work import SERVED_RUNS
+
+    stopping = threading.Event()
+
+    def folders() -> set[Path]:
+        with common.opened(workspace) as application:
+            sources = {run.source for run in application.repository.runs(limit=SERVED_RUNS)}
+        return {folder for folder in map(common.folder_of, sources) if folder is not None}
+
+    output.tell("working; Ctrl-C stops")
+    with stopped_by_signals(stopping):
+        while not stopping.is_set():
+            known = folders()
+
+            def covers(run: RunSummary, known: set[Path] = known) -> bool:
+                folder = common.folder_of(run.source)
+                return folder is None or folder in known
+
+            with common.opened(workspace, folders=sorted(known)) as application:
+                worker = application.worker()
+                worker.stopping = stopping
+                worker.serve(covers)
+    output.tell("stopped; what was in flight is given back")
+
+
+def _url(workspace: Path | None) -> str:
+    """The database of the settings or of the workspace. Raises `SettingsError` when there is no workspace."""
+    from kontext_batch.bootstrap import DATABASE
+    from kontext_batch.settings import load_settings
+
+    settings = load_settings()
+    if settings.database_url is not None:
+        return settings.database_url
+    folder = (workspace if workspace is not None else Path.cwd() / common.WORKSPACE).resolve()
+    if not folder.is_dir():
+        raise SettingsError(f"{folder}: there is no workspace here; name one with --workspace DIR")
+    return f"sqlite:///{folder / DATABASE}"
