@@ -50,7 +50,7 @@ def open_database(url: str) -> sa.Engine:
             event.listen(engine, "begin", _begin_sqlite)
             return engine
     except (exc.ArgumentError, exc.NoSuchModuleError) as error:
-        raise SettingsError(f"database URL '{url}' is not usable: {error}") from error
+        raise SettingsError(f"the database URL is not usable: {error}") from error
     except ModuleNotFoundError as error:
         raise SettingsError(f"PostgreSQL needs psycopg: pip install 'kontext-batch[postgres]' ({error})") from error
     raise SettingsError(f"database URL '{parsed.render_as_string()}': sqlite:///FILE or postgresql://... is expected")

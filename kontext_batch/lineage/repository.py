@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from kontext_batch.lineage import claim, commit, deliveries, garbage, queries, runs, submit
 from kontext_batch.lineage.engine import Transactions, open_database
+from kontext_batch.lineage.verify import Violation, verify
 from kontext_batch.planning.plan import Axes, Plan
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import (
@@ -36,6 +37,10 @@ class SqlRepository:
 
     def close(self) -> None:
         self._db.dispose()
+
+    def verify(self, *, overdue_seconds: float | None = None) -> Sequence[Violation]:
+        """What breaks the rules of `lineage.verify`; nothing in a sound database."""
+        return self._db.read(verify, overdue_seconds=overdue_seconds)
 
     # ---- planning
 

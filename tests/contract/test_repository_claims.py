@@ -1,0 +1,270 @@
+"""Leases: who gets what, how long, and what becomes of it when a worker is lost."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.planning.states import StepState
+from kontext_batch.ports import LeasedStep
+from tests.contract.plans import (
+    LANE,
+    LEASE,
+    artifact_of,
+    done,
+    failed,
+    finish,
+    key,
+    make_plan,
+    source,
+    submit,
+    worker,
+)
+
+S = StepState
+
+
+@pytest.fixture(autouse=True)
+def _workers(repository: SqlRepository) -> None:
+    repository.register_worker(worker("w1"))
+    repository.register_worker(worker("w2", pid=2))
+
+
+def names(steps: list[LeasedStep]) -> list[str]:
+    return [step.params["name"] for step in steps]
+
+
+def claim(repository: SqlRepository, worker_id: str = "w1", *, limit: int = 8, **options: object) -> list[LeasedStep]:
+    return list(repository.claim(worker_id, limit=limit, lease_seconds=LEASE, **options))  # type: ignore[arg-type]
+
+
+def lose(repository: SqlRepository, worker_id: str = "w1") -> None:
+    repository.reconcile(gone_workers=[worker_id])
+    repository.register_worker(worker(worker_id))
+
+
+def run_out(repository: SqlRepository, worker_id: str) -> None:
+    repository.extend_leases(worker_id, 0.0)
+    time.sleep(0.002)
+
+
+def state_of(repository: SqlRepository, name: str) -> StepState:
+    return repository.find_steps(key(name))[0].state
+
+
+def test_a_claim_takes_the_highest_priority_then_the_oldest(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}), priority=1)
+    submit(repository, make_plan({"c": [], "d": []}), priority=2)
+    assert names(claim(repository, limit=3)) == ["c", "d", "a"]
+    assert names(claim(repository, "w2", limit=3)) == ["b"]
+    assert claim(repository) == []
+
+
+def test_a_claim_is_of_one_lane(repository: SqlRepository) -> None:
+    lanes = {"b": "edit/other", "d": "edit/other"}
+    submit(repository, make_plan({name: [] for name in "abcd"}, lanes=lanes))
+    assert names(claim(repository)) == ["a", "c"]
+    assert names(claim(repository)) == ["b", "d"]
+
+
+def test_the_preferred_lane_wins_among_equals_only(repository: SqlRepository) -> None:
+    lanes = {"b": "edit/other", "d": "edit/other"}
+    submit(repository, make_plan({name: [] for name in "abcd"}, lanes=lanes))
+    assert names(claim(repository, prefer="edit/other", limit=1)) == ["b"]
+    submit(repository, make_plan({"e": []}), priority=1)
+    assert names(claim(repository, prefer="edit/other")) == ["e", "a", "c"]
+    assert names(claim(repository, prefer="edit/no such lane")) == ["d"]
+
+
+def test_a_worker_says_which_lanes_it_serves(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}, lanes={"b": "operations"}), priority=3)
+    assert names(claim(repository, lanes=lambda lane: lane == "operations")) == ["b"]
+    assert claim(repository, lanes=lambda lane: False) == []
+    assert names(claim(repository, lanes=lambda lane: lane == LANE)) == ["a"]
+
+
+def test_a_claim_can_be_kept_to_one_run(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}, lanes={"b": "edit/other"}), priority=5)
+    second = submit(repository, make_plan({"b": [], "c": []}, lanes={"b": "edit/other"}))
+    assert names(claim(repository, run_id=second)) == ["b"]
+    assert names(claim(repository, run_id=second)) == ["c"]
+    assert claim(repository, run_id=second) == []
+    assert names(claim(repository)) == ["a"]
+
+
+def test_a_claim_brings_everything_that_the_step_reads(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": [], "c": ["a", "b", "a"]}))
+    first, second = claim(repository)
+    assert [(each.role, each.position, each.uri, each.sha256) for each in first.sources] == [
+        ("image", 0, source("a").uri, source("a").sha256)
+    ]
+    assert (first.key, first.operation, first.lane, first.params) == (key("a"), "edit", LANE, {"name": "a"})
+    assert first.parents == ()
+    repository.commit(None, [done(first, latents=True), done(second)])
+    [third] = claim(repository)
+    assert third.sources == ()
+    read = [(each.role, each.position, each.key, each.artifact, each.latents) for each in third.parents]
+    with_latents = artifact_of(first), artifact_of(first, slot="latents")
+    assert read == [
+        ("image", 0, key("a"), *with_latents),
+        ("reference", 0, key("b"), artifact_of(second), None),
+        ("reference", 1, key("a"), *with_latents),
+    ]
+
+
+def test_tokens_grow_with_each_claim(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": []}))
+    for token in (1, 2, 3):
+        [step] = claim(repository)
+        assert (step.token, step.attempt) == (token, 1)
+        repository.release([(step.id, step.token)])
+
+
+def test_a_release_costs_no_attempt(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}))
+    one, two = claim(repository)
+    repository.release([(one.id, one.token), (two.id, two.token + 1)])
+    assert (state_of(repository, "a"), state_of(repository, "b")) == (S.READY, S.LEASED)
+    assert [row.outcome for row in repository.attempts(one.id)] == ["released"]
+    [again] = claim(repository)
+    assert (again.attempt, again.losses) == (1, 0)
+    repository.release([])
+    assert not repository.verify()
+
+
+def test_goodbye_gives_leases_back_at_no_cost(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}))
+    [kept] = claim(repository, "w2", limit=1)
+    [step] = claim(repository)
+    repository.retire_worker("w1")
+    assert [each.id for each in repository.workers()] == ["w2"]
+    assert (state_of(repository, "b"), state_of(repository, "a")) == (S.READY, S.LEASED)
+    assert repository.attempts(step.id)[0].outcome == "released"
+    assert repository.commit(None, [done(kept)]).committed == (kept.id,)
+    repository.register_worker(worker("w1"))
+    assert {each.id for each in repository.workers()} == {"w1", "w2"}
+    assert repository.workers()[0].engine == {"torch": "2"}
+    assert not repository.verify()
+
+
+def test_the_heartbeat_keeps_a_lease(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}))
+    [mine] = claim(repository, limit=1)
+    claim(repository, "w2")
+    run_out(repository, "w1")
+    run_out(repository, "w2")
+    assert repository.extend_leases("w1", LEASE) == 1
+    assert repository.reconcile().returned == 1
+    assert repository.extend_leases("w2", LEASE) == 0
+    assert repository.commit(None, [done(mine)]).committed == (mine.id,)
+
+
+def test_a_lease_that_ran_out_returns_its_step(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": []}))
+    [step] = claim(repository)
+    assert repository.reconcile().returned == 0
+    run_out(repository, "w1")
+    assert claim(repository, "w2") == [], "it is returned by reconcile, not by a claim"
+    report = repository.reconcile()
+    assert (report.returned, report.quarantined) == (1, 0)
+    [row] = repository.attempts(step.id)
+    assert (row.outcome, row.error) == ("lost", "the worker is gone, or was silent for too long")
+    assert row.ended is not None
+    [again] = claim(repository, "w2")
+    assert (again.token, again.losses) == (2, 1)
+    assert not repository.verify()
+
+
+def test_leases_of_a_process_that_is_gone_return_at_once(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": []}))
+    claim(repository, "w1", limit=1)
+    claim(repository, "w2", limit=1)
+    assert repository.reconcile(gone_workers=["w1", "unknown"]).returned == 1
+    assert [each.id for each in repository.workers()] == ["w2"]
+    assert (state_of(repository, "a"), state_of(repository, "b")) == (S.READY, S.LEASED)
+    assert repository.reconcile(gone_workers=["w1"]).returned == 0
+
+
+def test_after_a_loss_the_steps_of_that_batch_go_one_by_one(repository: SqlRepository) -> None:
+    submit(repository, make_plan({name: [] for name in "abcde"}))
+    claim(repository, limit=3)
+    lose(repository)
+    assert names(claim(repository)) == ["a"]
+    assert names(claim(repository)) == ["b"]
+    assert names(claim(repository)) == ["c"]
+    assert names(claim(repository)) == ["d", "e"]
+
+
+def test_a_step_to_be_claimed_alone_is_left_out_of_other_batches(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"b": [], "c": []}))
+    claim(repository, limit=1)
+    lose(repository)
+    submit(repository, make_plan({"a": []}), priority=1)
+    assert names(claim(repository)) == ["a", "c"]
+    assert names(claim(repository)) == ["b"]
+
+
+def test_a_step_that_loses_three_workers_is_quarantined(repository: SqlRepository) -> None:
+    run_id = submit(repository, make_plan({"a": [], "b": ["a"], "c": ["b"]}))
+    for losses in (0, 1, 2):
+        [step] = claim(repository)
+        assert step.losses == losses
+        lose(repository)
+    assert [row.state for row in repository.run_steps(run_id)] == [S.QUARANTINED, S.SKIPPED, S.SKIPPED]
+    [first, *_] = repository.run_steps(run_id)
+    assert first.error is not None
+    assert "3 workers" in first.error
+    assert claim(repository) == []
+    assert not repository.verify()
+    assert repository.retry_run(run_id) == 3
+    assert names(claim(repository)) == ["a"]
+
+
+def test_losses_and_faults_are_counted_apart(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": []}))
+    claim(repository)
+    lose(repository)
+    [step] = claim(repository)
+    repository.commit(None, [failed(step, retry_in=0.0)])
+    [step] = claim(repository)
+    assert (step.losses, step.attempt) == (1, 3)
+    lose(repository)
+    [step] = claim(repository)
+    assert step.losses == 2
+
+
+def test_a_step_that_is_put_back_waits_its_time(repository: SqlRepository) -> None:
+    run_id = submit(repository, make_plan({"a": [], "b": []}))
+    one, two = claim(repository)
+    report = repository.commit(None, [failed(one, retry_in=0.0), failed(two, retry_in=3600.0)])
+    assert (report.committed, report.woken) == ((one.id, two.id), {})
+    [again] = claim(repository)
+    assert claim(repository, run_id=run_id) == []
+    assert (again.id, again.attempt, again.token) == (one.id, 2, 2)
+    assert [row.error for row in repository.run_steps(run_id)] == ["it went wrong"] * 2
+    repository.commit(None, [done(again)])
+    assert repository.run_steps(run_id)[0].error is None
+    assert not repository.verify()
+
+
+def test_a_claim_by_an_unknown_worker_is_our_own_mistake(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": []}))
+    with pytest.raises(sa.exc.IntegrityError):
+        claim(repository, "nobody")
+    assert state_of(repository, "a") is S.READY
+
+
+def test_blocked_steps_are_not_claimed(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": ["a"]}))
+    assert names(claim(repository)) == ["a"]
+    assert claim(repository) == []
+
+
+def test_finish_works_everything_off(repository: SqlRepository) -> None:
+    graph = {"a": [], **{f"b{i}": ["a"] for i in range(20)}, "c": [f"b{i}" for i in range(20)]}
+    submit(repository, make_plan(graph))
+    assert finish(repository) == 22
+    assert not repository.verify()
