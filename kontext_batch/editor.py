@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -75,6 +75,17 @@ def convert_model(path: Path, target: Path) -> None:
 
     try:
         KontextEngine.load(path, device="cpu").save(target)
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+
+
+def train_model(config: Path, *, say: Callable[[str], None]) -> None:
+    """Train, or go on training, what the YAML file `config` describes (docs/training.md). Raises `SettingsError`."""
+    from engine.errors import EngineError
+    from engine.training.run import TrainingConfig, train
+
+    try:
+        train(TrainingConfig.read(config), say=say)
     except EngineError as error:
         raise SettingsError(str(error)) from error
 
