@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kontext_batch.errors import SettingsError
+from kontext_batch.errors import InfrastructureError, SettingsError, StorageFull
 
 if TYPE_CHECKING:
     from kontext_batch.bootstrap import Application
     from kontext_batch.planning.plan import Plan
     from kontext_batch.services.prepare import InstanceId, Prepared, Selection
 
+NO_ROOM = 256 * 1024
+"""Bytes left on a disk with which nothing can be done."""
 WORKSPACE = "kontext-out"
 """Name of a workspace's folder, as in `bootstrap`, which takes a second to import."""
 
@@ -106,11 +108,26 @@ def opened(
     chosen = workspace if workspace is not None else (at.folder if at and at.folder else Path.cwd()) / WORKSPACE
     if at is None and settings.database_url is None and not chosen.is_dir():
         raise SettingsError(f"{chosen}: there is no workspace here; name one with --workspace DIR")
-    application = open_application(settings, workspace=chosen, recipe_folder=folder, more_folders=folders)
     try:
-        yield application
-    finally:
-        application.close()
+        application = open_application(settings, workspace=chosen, recipe_folder=folder, more_folders=folders)
+        try:
+            yield application
+        finally:
+            application.close()
+    except InfrastructureError as error:
+        if not isinstance(error, StorageFull) and _is_full(chosen):
+            raise StorageFull(f"no space is left in {chosen} ({error})") from error
+        raise
+
+
+def _is_full(folder: Path) -> bool:
+    """SQLite says "disk I/O error" where there is no room for the files beside its database."""
+    import shutil
+
+    try:
+        return shutil.disk_usage(folder).free < NO_ROOM
+    except OSError:
+        return False
 
 
 def selection(only: Sequence[str] | None, limit: int | None) -> Selection:
