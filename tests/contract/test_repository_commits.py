@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import StepState
-from kontext_batch.ports import BatchMember, BatchRecord, LeasedStep, StepFailed
+from kontext_batch.ports import BatchMember, BatchRecord, LeasedStep, StepDone, StepFailed
 from tests.contract.plans import LANE, LEASE, artifact_of, done, failed, key, make_plan, submit, worker
 
 S = StepState
@@ -195,8 +195,7 @@ def test_steps_with_equal_bytes_share_an_artifact(repository: SqlRepository, eng
     intend(repository, one)
     repository.intend_uploads([(artifact_of(one).uri, two.id, two.token)])
     shared = done(one).outputs
-    same = done(two)
-    repository.commit(None, [done(one), type(same)(two.id, two.token, shared, {})])
+    repository.commit(None, [done(one), StepDone(two.id, two.token, shared, {})])
     assert list(repository.artifact_uris()) == [artifact_of(one).uri]
     assert {state for *_, state in uploads(engine)} == {"committed"}
 

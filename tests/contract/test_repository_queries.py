@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kontext_batch.lineage.repository import SqlRepository
@@ -73,7 +75,7 @@ def test_the_newest_run_of_each_instance_is_told(repository: SqlRepository) -> N
     finish(repository)
     plan = make_plan({"a2": []}, params={"take": 3})
     instance = Instance("a", (("item", "a"),), 1, key("a2"))
-    repository.create_run(new_run(plan), type(plan)(**{**_fields(plan), "instances": (instance,)}))
+    repository.create_run(new_run(plan), replace(plan, instances=(instance,)))
     found = repository.latest_instances("r")
     assert {(node, axes) for node, axes, _ in found} == {(name, (("item", name),)) for name in "abc"}
     newest = found["a", (("item", "a"),), 1]
@@ -84,14 +86,10 @@ def test_the_newest_run_of_each_instance_is_told(repository: SqlRepository) -> N
     assert repository.latest_instances("nothing") == {}
 
 
-def _fields(plan: object) -> dict[str, object]:
-    return {name: getattr(plan, name) for name in type(plan).__slots__}  # type: ignore[attr-defined]
-
-
 def test_one_step_may_stand_at_several_places_of_a_run(repository: SqlRepository) -> None:
     plan = make_plan({"a": []})
     instances = tuple(Instance(node, (), 1, key("a")) for node in ("first", "second"))
-    run_id = repository.create_run(new_run(plan), type(plan)(**{**_fields(plan), "instances": instances}))
+    run_id = repository.create_run(new_run(plan), replace(plan, instances=instances))
     assert [row.node for row in repository.run_steps(run_id)] == ["first", "second"]
     assert repository.run(run_id).steps == {S.READY: 1}
     finish(repository)

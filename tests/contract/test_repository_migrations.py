@@ -1,0 +1,137 @@
+"""Migrations make the tables that the code declares, once, from any number of processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+import migrations
+from kontext_batch.errors import SettingsError
+from kontext_batch.lineage import migrate
+from kontext_batch.lineage.engine import begin_writing, open_database
+from kontext_batch.lineage.tables import REVISION, metadata
+
+SCRIPTS = Path(migrations.__path__[0])
+
+
+def test_the_declared_revision_is_the_newest() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS))
+    config.set_main_option("path_separator", "os")
+    assert ScriptDirectory.from_config(config).get_current_head() == REVISION
+
+
+def test_upgrading_an_empty_database_makes_exactly_the_declared_tables(empty_database_url: str) -> None:
+    migrate.upgrade(empty_database_url)
+    engine = open_database(empty_database_url)
+    with engine.begin() as conn:
+        assert compare_metadata(MigrationContext.configure(conn), metadata) == []
+        made = sa.inspect(conn)
+        for table in metadata.sorted_tables:
+            checks = {each["name"] for each in made.get_check_constraints(table.name)}
+            assert checks == {each.name for each in table.constraints if isinstance(each, sa.CheckConstraint)}
+            indices = {each["name"]: bool(each["unique"]) for each in made.get_indexes(table.name)}
+            declared = {str(each.name): bool(each.unique) for each in table.indexes}
+            assert declared.items() <= indices.items()
+    engine.dispose()
+
+
+def test_migrated_and_declared_sqlite_tables_are_the_same_text(tmp_path: Path) -> None:
+    """What `compare_metadata` does not look at: partial indices, WITHOUT ROWID, orders."""
+
+    def schema(url: str) -> set[str]:
+        engine = open_database(url)
+        with engine.begin() as conn:
+            rows = conn.exec_driver_sql("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").scalars().all()
+        engine.dispose()
+        lines = {" ".join(row.split()) for row in rows if "alembic_version" not in row}
+        return {"".join(sorted(line.replace("(", ",").replace(")", ",").split(","))) for line in lines}
+
+    migrate.upgrade(f"sqlite:///{tmp_path}/migrated.sqlite")
+    engine = open_database(f"sqlite:///{tmp_path}/declared.sqlite")
+    with begin_writing(engine) as conn:
+        metadata.create_all(conn)
+    engine.dispose()
+    assert schema(f"sqlite:///{tmp_path}/migrated.sqlite") == schema(f"sqlite:///{tmp_path}/declared.sqlite")
+
+
+def test_downgrading_removes_everything(empty_database_url: str) -> None:
+    migrate.upgrade(empty_database_url)
+    migrate.downgrade(empty_database_url, "base")
+    engine = open_database(empty_database_url)
+    with engine.begin() as conn:
+        assert sa.inspect(conn).get_table_names() == ["alembic_version"]
+    engine.dispose()
+    migrate.upgrade(empty_database_url)
+    migrate.check(empty_database_url)
+
+
+def test_check_says_what_to_do(empty_database_url: str) -> None:
+    assert migrate.current(empty_database_url) is None
+    with pytest.raises(SettingsError, match="db upgrade"):
+        migrate.check(empty_database_url)
+    migrate.upgrade(empty_database_url)
+    assert migrate.current(empty_database_url) == REVISION
+    migrate.check(empty_database_url)
+    migrate.upgrade(empty_database_url)
+
+
+def test_a_database_of_a_newer_version_is_refused(empty_database_url: str) -> None:
+    migrate.upgrade(empty_database_url)
+    engine = open_database(empty_database_url)
+    with begin_writing(engine) as conn:
+        conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    for refuse in (migrate.check, migrate.upgrade):
+        with pytest.raises(SettingsError, match="newer kontext-batch"):
+            refuse(empty_database_url)
+
+
+def test_a_migration_that_breaks_leaves_the_database_as_it_was(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic.ddl.impl import DefaultImpl
+
+    def broken(self: DefaultImpl, table: sa.Table, **kw: object) -> None:
+        if table.name == "uploads":
+            raise RuntimeError("broken off")
+        original(self, table, **kw)
+
+    original = DefaultImpl.create_table
+    with monkeypatch.context() as patched:
+        patched.setattr(DefaultImpl, "create_table", broken)
+        with pytest.raises(RuntimeError):
+            migrate.upgrade(empty_database_url)
+    engine = open_database(empty_database_url)
+    with engine.begin() as conn:
+        assert sa.inspect(conn).get_table_names() == []
+    engine.dispose()
+    migrate.upgrade(empty_database_url)
+
+
+def test_processes_that_upgrade_one_database_at_once_do_it_once(empty_database_url: str) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=migrate.upgrade, args=(empty_database_url,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    migrate.check(empty_database_url)
+
+
+def test_upgrading_at_the_newest_revision_does_not_load_alembic(sqlite_url: str) -> None:
+    code = (
+        "import sys; from kontext_batch.lineage.migrate import upgrade;"
+        f"upgrade({sqlite_url!r}); assert 'alembic' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
