@@ -1,4 +1,4 @@
-"""`models list|add|verify|convert` and `adapters list|add`: the weights that recipes may name."""
+"""`models list|add|verify|convert|train` and `adapters list|add`: the weights that recipes may name."""
 
 from __future__ import annotations
 
@@ -111,6 +111,19 @@ def convert(
         raise SettingsError(f"{target}: something is there already")
     editor.convert_model(path, target)
     output.say(str(target))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/training.md.", show_default=False)],
+) -> None:
+    """Train a model or an adapter as CONFIG says; stopped or killed, the same command goes on.
+
+    Example: kontext-batch models train brand-lora.yaml
+    """
+    from kontext_batch import editor
+
+    editor.train_model(config, say=output.tell)
 
 
 @adapters.command("list")
