@@ -7,6 +7,7 @@ budget · 130 interrupted
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(error, code, as_json=as_json)
         return code
     except BrokenPipeError:  # whoever read our output has gone (`| head`)
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         where = _keep_traceback()
