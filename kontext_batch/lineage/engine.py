@@ -45,8 +45,11 @@ def open_database(url: str) -> sa.Engine:
         if parsed.get_backend_name() == "postgresql":
             return sa.create_engine(parsed, json_serializer=canonical_json, pool_pre_ping=True)
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
-            engine = sa.create_engine(parsed, json_serializer=canonical_json, connect_args={"timeout": BUSY_SECONDS})
-            event.listen(engine, "connect", _prepare_sqlite)
+            engine = sa.create_engine(
+                parsed,
+                json_serializer=canonical_json,
+                connect_args={"timeout": BUSY_SECONDS, "factory": _SqliteConnection},
+            )
             event.listen(engine, "begin", _begin_sqlite)
             return engine
     except (exc.ArgumentError, exc.NoSuchModuleError) as error:
@@ -56,19 +59,39 @@ def open_database(url: str) -> sa.Engine:
     raise SettingsError(f"database URL '{parsed.render_as_string()}': sqlite:///FILE or postgresql://... is expected")
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, not by the driver
-    for attempt in range(100):
+def close_database(engine: sa.Engine) -> None:
+    """Close its connections; the engine is of no more use."""
+    if event.contains(engine, "begin", _begin_sqlite):
+        # Left to the garbage collector, SQLAlchemy may mistake a later engine at the same address for this one.
+        event.remove(engine, "begin", _begin_sqlite)
+    engine.dispose()
+
+
+class _SqliteConnection(sqlite3.Connection):
+    """A connection as this program wants it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError:  # another process is switching this very file; the busy timeout knows it not
-            if attempt == 99:
-                raise
-            time.sleep(0.05)
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA cache_size = -65536")  # 64 MiB
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        self.isolation_level = None  # transactions are begun by `_begin_sqlite`, not by the driver
+        for attempt in range(100):
+            try:
+                self.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                # Another process is switching this very file; SQLite does not wait for that by itself.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 99:
+                    raise
+                time.sleep(0.05)
+        self.execute("PRAGMA synchronous = FULL")
+        self.execute("PRAGMA foreign_keys = ON")
+        self.execute("PRAGMA cache_size = -65536")  # 64 MiB
 
 
 def _begin_sqlite(conn: sa.Connection) -> None:
@@ -92,7 +115,7 @@ class Transactions:
 
     def dispose(self) -> None:
         """Close the idle connections."""
-        self._reading.dispose()
+        close_database(self._reading)
 
 
 def _transact(

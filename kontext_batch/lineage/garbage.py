@@ -70,6 +70,14 @@ def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> 
     return True
 
 
+def lost_artifact(conn: sa.Connection, sha256: str) -> None:
+    conn.execute(
+        sa.update(t.artifacts)
+        .where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
+        .values(collected_at=now())
+    )
+
+
 def orphaned_uploads(conn: sa.Connection) -> list[str]:
     orphans = sa.select(UPLOADS.uri).where(UPLOADS.state == "orphaned").distinct()
     named = sa.select(ARTIFACTS.uri).where(ARTIFACTS.collected_at.is_(None))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from kontext_batch.lineage.engine import open_database
+from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
 
@@ -115,7 +115,7 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
     """The same database, for looking behind the repository."""
     engine = open_database(database_url)
     yield engine
-    engine.dispose()
+    close_database(engine)
 
 
 def _database(server: sa.URL, template: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 import migrations
 from kontext_batch.errors import SettingsError
 from kontext_batch.lineage import migrate
-from kontext_batch.lineage.engine import begin_writing, open_database
+from kontext_batch.lineage.engine import begin_writing, close_database, open_database
 from kontext_batch.lineage.tables import REVISION, metadata
 
 SCRIPTS = Path(migrations.__path__[0])
@@ -42,7 +42,7 @@ def test_upgrading_an_empty_database_makes_exactly_the_declared_tables(empty_dat
             indices = {each["name"]: bool(each["unique"]) for each in made.get_indexes(table.name)}
             declared = {str(each.name): bool(each.unique) for each in table.indexes}
             assert declared.items() <= indices.items()
-    engine.dispose()
+    close_database(engine)
 
 
 def test_migrated_and_declared_sqlite_tables_are_the_same_text(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_migrated_and_declared_sqlite_tables_are_the_same_text(tmp_path: Path) -
         engine = open_database(url)
         with engine.begin() as conn:
             rows = conn.exec_driver_sql("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").scalars().all()
-        engine.dispose()
+        close_database(engine)
         lines = {" ".join(row.split()) for row in rows if "alembic_version" not in row}
         return {"".join(sorted(line.replace("(", ",").replace(")", ",").split(","))) for line in lines}
 
@@ -60,7 +60,7 @@ def test_migrated_and_declared_sqlite_tables_are_the_same_text(tmp_path: Path) -
     engine = open_database(f"sqlite:///{tmp_path}/declared.sqlite")
     with begin_writing(engine) as conn:
         metadata.create_all(conn)
-    engine.dispose()
+    close_database(engine)
     assert schema(f"sqlite:///{tmp_path}/migrated.sqlite") == schema(f"sqlite:///{tmp_path}/declared.sqlite")
 
 
@@ -70,7 +70,7 @@ def test_downgrading_removes_everything(empty_database_url: str) -> None:
     engine = open_database(empty_database_url)
     with engine.begin() as conn:
         assert sa.inspect(conn).get_table_names() == ["alembic_version"]
-    engine.dispose()
+    close_database(engine)
     migrate.upgrade(empty_database_url)
     migrate.check(empty_database_url)
 
@@ -90,7 +90,7 @@ def test_a_database_of_a_newer_version_is_refused(empty_database_url: str) -> No
     engine = open_database(empty_database_url)
     with begin_writing(engine) as conn:
         conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    engine.dispose()
+    close_database(engine)
     for refuse in (migrate.check, migrate.upgrade):
         with pytest.raises(SettingsError, match="newer kontext-batch"):
             refuse(empty_database_url)
@@ -114,7 +114,7 @@ def test_a_migration_that_breaks_leaves_the_database_as_it_was(
     engine = open_database(empty_database_url)
     with engine.begin() as conn:
         assert sa.inspect(conn).get_table_names() == []
-    engine.dispose()
+    close_database(engine)
     migrate.upgrade(empty_database_url)
 
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kontext_batch.lineage.engine import open_database
+from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import TRANSITIONS, RunState
 from kontext_batch.ports import LeasedStep
@@ -69,7 +69,7 @@ class Store(RuleBasedStateMachine):
             self._work_off()
         finally:
             self.repository.close()
-            self.engine.dispose()
+            close_database(self.engine)
             shutil.rmtree(self.folder)
 
     def _work_off(self) -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from kontext_batch.errors import InfrastructureError, SettingsError, StorageReadOnly
 from kontext_batch.lineage import engine as module
-from kontext_batch.lineage.engine import Transactions, open_database
+from kontext_batch.lineage.engine import Transactions, close_database, open_database
 from kontext_batch.lineage.sql import stored_text
 
 
@@ -25,7 +25,7 @@ def test_sqlite_keeps_a_log_checks_keys_and_waits_for_others(tmp_path: Path) -> 
         assert pragma(conn, "foreign_keys") == 1
         assert pragma(conn, "synchronous") == 2
         assert pragma(conn, "busy_timeout") == 30_000
-    engine.dispose()
+    close_database(engine)
 
 
 def test_a_reader_does_not_wait_for_a_writer(tmp_path: Path) -> None:
