@@ -96,6 +96,10 @@ class Application:
             filtered_models=frozenset(name for name, entry in entries.items() if entry.requires_filter),
             has_filter=self.content_filter is not None,
             writable=self.writable,
+            kept_prefixes=(
+                f"{file_uri(self.workspace / DATABASE)}",  # and -wal, -shm
+                self.artifact_keys.prefix.rstrip("/"),
+            ),
             count_tokens=lambda model, prompt: editor.count_tokens(entries[model].path, prompt),
             numeric_mode=editor.numeric_mode(self.settings.device, self.settings.dtype),
             default_seconds=self.settings.gpu_seconds_per_image,

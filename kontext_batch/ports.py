@@ -503,6 +503,10 @@ class Repository(Protocol):
         """
         ...
 
+    def lost_artifact(self, sha256: str) -> None:
+        """Its object is gone or damaged: mark it collected, so that whoever needs it next has it made again."""
+        ...
+
     def orphaned_uploads(self) -> Sequence[str]:
         """URIs of uploads that no live intent and no artifact names: safe to delete."""
         ...

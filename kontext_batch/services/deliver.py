@@ -13,6 +13,7 @@ import structlog
 from kontext_batch.errors import InfrastructureError, KontextBatchError, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository
+from kontext_batch.services.artifacts import read_artifact
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +56,7 @@ def deliver_pending(
     while pending := repository.pending_deliveries(run_id):
         for delivery in pending:
             try:
-                placed = place(store, delivery, content_filter)
+                placed = place(store, delivery, read_artifact(repository, store, delivery.artifact), content_filter)
             except KontextBatchError as error:
                 if isinstance(error, InfrastructureError) and not isinstance(error, StorageReadOnly):
                     raise  # the next would meet the same; what is pending stays so, and the same command goes on
@@ -67,12 +68,14 @@ def deliver_pending(
     return delivered
 
 
-def place(store: ObjectStore, delivery: PendingDelivery, content_filter: ContentFilter | None = None) -> Placed:
-    """Write one image to its path under its policy. Raises the store's errors, and `KontextBatchError` for `fail`."""
+def place(
+    store: ObjectStore, delivery: PendingDelivery, data: bytes, content_filter: ContentFilter | None = None
+) -> Placed:
+    """Write one image, `data`, to its path under its policy.
+
+    Raises the store's errors, and `KontextBatchError` for `fail`.
+    """
     artifact = delivery.artifact
-    data = store.read(artifact.uri)
-    if sha256_hex(data) != artifact.sha256:
-        raise KontextBatchError(f"{artifact.uri}: the stored image is damaged (sha256 differs); run `verify`")
     if content_filter is not None and not content_filter.allows(data):
         raise KontextBatchError(f"{delivery.path}: the content filter does not allow this image")
 

@@ -46,6 +46,7 @@ from kontext_batch.ports import (
     StepOutput,
     StepResult,
 )
+from kontext_batch.services.artifacts import read_artifact
 
 log = structlog.get_logger(__name__)
 
@@ -116,10 +117,7 @@ class Executor:
         return LoadedPicture(role=parent.role, position=parent.position, data=data, latents=latents)
 
     def _artifact(self, artifact: Artifact) -> bytes:
-        data = self.store.read(artifact.uri)
-        if sha256_hex(data) != artifact.sha256:
-            raise StepError(f"{artifact.uri}: the stored image is damaged (its sha256 differs)")
-        return data
+        return read_artifact(self.repository, self.store, artifact)
 
     def _compute(
         self, lane: str, loaded: Sequence[tuple[LeasedStep, EditJob, float]], on_step: OnStep | None

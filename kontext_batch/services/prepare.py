@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from kontext_batch.errors import PlanRefused
+from kontext_batch.planning import uris
 from kontext_batch.planning.explain import Explained, explain
+from kontext_batch.planning.inputs import wanted_tables
 from kontext_batch.planning.limits import budget_reasons, changed_inputs, changed_models, sources
-from kontext_batch.planning.listing import AdapterInfo, ModelInfo
+from kontext_batch.planning.listing import AdapterInfo, Listed, ModelInfo
 from kontext_batch.planning.params import SAMPLING
 from kontext_batch.planning.plan import Axes, Plan
 from kontext_batch.planning.planner import plan_recipe
 from kontext_batch.planning.states import LIVE, StepState
 from kontext_batch.ports import NewRun, Repository, StoredInstance, WakeUps
 from kontext_batch.recipes.loader import Recipe
+from kontext_batch.services.guard import delivery_faults
 from kontext_batch.services.look import Looker, base_of
 
 InstanceId = tuple[str, Axes, int]
@@ -58,6 +61,8 @@ class Planner:
     has_filter: bool
     writable: tuple[str, ...]
     """Prefixes that recipes may deliver to."""
+    kept_prefixes: tuple[str, ...]
+    """Beginnings of URIs that belong to the workspace: nothing is delivered there."""
     count_tokens: Callable[[str, str], int]
     numeric_mode: str
     default_seconds: float | None
@@ -76,9 +81,10 @@ class Planner:
         recipe, text = self.looker.recipe(uri, shown=shown)
         base = base_of(uri)
         previous = self.repository.latest_instances(recipe.name)
+        listed = self.looker.listed(recipe, base)
         plan = plan_recipe(
             recipe,
-            self.looker.listed(recipe, base),
+            listed,
             self.models,
             base=base,
             adapters=self.adapters,
@@ -92,14 +98,14 @@ class Planner:
             numeric_mode=self.numeric_mode,
             max_instances=self.max_instances,
         )
-        return self._prepared(plan, previous, uri, text, chosen, recipe)
+        return self._prepared(plan, previous, uri, text, chosen, recipe, made_from(recipe, listed, uri))
 
     def from_plan(self, plan: Plan, uri: str) -> Prepared:
         """Take a stored plan as it is; an input or a model that has changed since stands against it."""
         previous = self.repository.latest_instances(plan.recipe)
         current = self.looker.current(sources(plan))
         changes = (*changed_inputs(plan, current), *changed_models(plan, self.models))
-        prepared = self._prepared(plan, previous, uri, "", Selection(), None)
+        prepared = self._prepared(plan, previous, uri, "", Selection(), None, {uri})
         return dataclasses.replace(prepared, refusals=(*changes, *prepared.refusals))
 
     def _prepared(
@@ -110,12 +116,14 @@ class Planner:
         text: str,
         selection: Selection,
         recipe: Recipe | None,
+        protected: Set[str],
     ) -> Prepared:
         states = self.repository.step_states([step.key for step in plan.steps])
         done = frozenset(key for key, state in states.items() if state is StepState.DONE)
         live = frozenset(key for key, state in states.items() if state in LIVE)
         explained = explain(plan, previous, done=done, live=live, recipe=recipe)
-        refusals = (*budget_reasons(plan, done=done), *self._unfiltered(plan))
+        faults = delivery_faults(plan, writable=self.writable, protected=protected, kept_prefixes=self.kept_prefixes)
+        refusals = (*faults, *budget_reasons(plan, done=done), *self._unfiltered(plan))
         return Prepared(plan, explained, refusals, source, text, selection)
 
     def _unfiltered(self, plan: Plan) -> tuple[str, ...]:
@@ -127,6 +135,21 @@ class Planner:
             "set content_filter in the settings"
             for name in sorted(used & self.filtered_models)
         )
+
+
+def made_from(recipe: Recipe, listed: Listed, uri: str) -> frozenset[str]:
+    """URIs of everything that a recipe is read from: itself, its imports, tables and pictures."""
+    base = base_of(uri)
+    pictures = {
+        image.uri
+        for rows in listed.rows.values()
+        for row in rows
+        for found in row.files.values()
+        for image in (found if isinstance(found, tuple) else (found,))
+    }
+    imports = {uris.literal(uris.expand([(name, False)], base, pattern=False)) for name in recipe.document.import_}
+    logos = {image.uri for image in listed.logos.values()}
+    return frozenset({uri, *imports, *pictures, *logos, *wanted_tables(recipe, base).values()})
 
 
 def earlier_takes(previous: Mapping[InstanceId, StoredInstance]) -> dict[InstanceId, int]:

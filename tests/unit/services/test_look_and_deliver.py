@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from kontext_batch.errors import KontextBatchError, RecipeError
+from kontext_batch.errors import KontextBatchError, PlanRefused, RecipeError
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.planning.states import RunState
 from kontext_batch.ports import Artifact, PendingDelivery
 from kontext_batch.services.deliver import place, versioned
+from kontext_batch.services.prepare import Selection
 from kontext_batch.storage.uris import file_uri
 from tests.unit.services.conftest import Studio
 
@@ -33,7 +36,7 @@ def deliver(studio: Studio, data: bytes, policy: str) -> tuple[str, int, bool]:
     studio.app.store.write_if_absent(uri, data, media_type="image/png")
     artifact = Artifact(sha256, uri, "image/png", len(data), 1, 1)
     pending = PendingDelivery(1, 1, file_uri(studio.folder / "out" / "a.png"), policy, artifact)
-    placed = place(studio.app.store, pending)
+    placed = place(studio.app.store, pending, data)
     return placed.path.rpartition("/")[2], placed.version, placed.skipped
 
 
@@ -56,14 +59,62 @@ def test_skip_replace_and_fail(studio: Studio) -> None:
     assert there.read_bytes() == b"two"
 
 
-def test_a_damaged_artifact_is_not_delivered(studio: Studio) -> None:
-    uri = studio.app.artifact_keys(sha256_hex(b"right"), "image/png")
-    studio.app.store.write(uri, b"wrong", media_type="image/png")
-    artifact = Artifact(sha256_hex(b"right"), uri, "image/png", 5, 1, 1)
-    pending = PendingDelivery(1, 1, file_uri(studio.folder / "out" / "a.png"), "version", artifact)
-    with pytest.raises(KontextBatchError, match="damaged"):
-        place(studio.app.store, pending)
-    assert studio.outputs() == []
+@pytest.mark.parametrize("fault", ["gone", "damaged"])
+def test_a_lost_object_is_told_and_made_again_by_the_same_command(studio: Studio, fault: str) -> None:
+    studio.worker().run_until_done(studio.submit())
+    objects = list(Path(studio.app.workspace, "objects").rglob("*.png"))
+    for each in objects:
+        if fault == "gone":
+            each.unlink()
+        else:
+            each.write_bytes(b"damaged")
+    for each in (studio.folder / "out").iterdir():
+        each.unlink()
+    broken = studio.worker().run_until_done(studio.submit())
+    assert (broken.state, broken.failed_deliveries) == (RunState.FAILED, 4)
+    for _ in range(3):  # each time the next level up is found to be gone
+        mended = studio.worker().run_until_done(studio.submit())
+    assert (mended.state, mended.delivered) == (RunState.DONE, 4)
+    assert len(studio.outputs()) == 4
+
+
+@pytest.mark.parametrize(
+    ("to", "told"),
+    [
+        ("shop.yaml", "made from"),
+        ("photos/bag.png", "made from"),
+        ("out/" + "n" * 300 + "${item}_${scene}.png", "at most 255 bytes"),
+    ],
+)
+def test_an_output_that_would_destroy_something_is_refused(studio: Studio, to: str, told: str) -> None:
+    text = studio.recipe.read_text().replace("out/${item}_${scene}.${ext}", to).replace("version}", "replace}")
+    studio.recipe.write_text(text)
+    with pytest.raises(PlanRefused, match=told):
+        studio.submit(selection=Selection(only={"item": ["mug"], "scene": ["snow"]}))
+
+
+def test_the_workspace_itself_is_out_of_reach(studio: Studio) -> None:
+    inside = file_uri(studio.app.workspace)
+    for name in ("kontext.db", "kontext.db-wal", "objects/a.png"):
+        text = studio.recipe.read_text()
+        studio.recipe.write_text(text.replace("out/${item}_${scene}.${ext}", f"{inside}/{name}"))
+        with pytest.raises(PlanRefused, match="belongs to the workspace"):
+            studio.submit(selection=Selection(only={"item": ["mug"], "scene": ["snow"]}))
+        studio.recipe.write_text(text)
+
+
+def test_a_plan_whose_paths_were_changed_by_hand_is_refused(studio: Studio) -> None:
+    prepared = studio.prepare()
+    first, *rest = prepared.plan.deliveries
+    planner = studio.app.planner()
+    for path, told in (
+        (file_uri(studio.folder / "photos" / "mug.png"), "made from"),
+        (file_uri(studio.folder) + "/../x.png", "may not stand"),
+        ("file:///etc/x.png", "outside"),
+    ):
+        plan = replace(prepared.plan, deliveries=(replace(first, path=path), *rest))
+        (refusal,) = planner.from_plan(plan, prepared.source).refusals
+        assert told in refusal
 
 
 def test_unusable_photos_are_skipped_and_listed(studio: Studio) -> None:
