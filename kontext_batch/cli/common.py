@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,12 +70,17 @@ def target(file: str) -> Target:
     """Raises `SettingsError` when there is no such file."""
     if "://" in file:
         return Target(file, file, None)
-    path = Path(file)
-    if not path.is_file():
-        raise SettingsError(f"{file}: there is no such file")
+    path = Path(os.path.abspath(file))  # without `..`, which may not stand in a URI
+    try:
+        if path.is_dir():
+            raise SettingsError(f"{file}: this is a folder; a recipe is a file")
+        if not path.is_file():
+            raise SettingsError(f"{file}: there is no such file")
+    except OSError as error:
+        raise SettingsError(f"{file[:80]}: {error.strerror}") from error
     from kontext_batch.storage.uris import file_uri
 
-    return Target(file_uri(path.absolute()), file, path.absolute().parent)
+    return Target(file_uri(path), file, path.parent)
 
 
 def target_of(source: str) -> Target:
@@ -174,6 +180,6 @@ def read_plan(application: Application, at: Target) -> Plan:
 
     try:
         data = json.loads(application.store.read(at.uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError([Problem(at.shown, 0, 0, "", f"this is no JSON ({error})")]) from error
     return plan_from_data(data, file=at.shown)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -87,6 +90,8 @@ def exit_code(error: BaseException) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Nothing but this function ends the process on an error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in given
     try:
         app(args=given, prog_name="kontext-batch", standalone_mode=True)
@@ -111,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output.event("error", message=f"{type(error).__name__}: {error}", traceback=where, exit=1)
         return 1
     return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM before the worker has its own handler ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _tell(error: BaseException, code: int, *, as_json: bool) -> None:

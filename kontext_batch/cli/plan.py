@@ -51,7 +51,8 @@ def _print(ready: Prepared, *, why: bool) -> None:
     from kontext_batch.planning.render import axes_text, count_nodes
 
     made = ready.plan
-    output.say(f"{made.recipe} of {made.owner}, revision {made.recipe_sha256[:12]}")
+    owner = f" of {made.owner}" if made.owner else ""
+    output.say(f"{made.recipe}{owner}, revision {made.recipe_sha256[:12]}")
     counts = count_nodes(made, ready.explained)
     rows: list[list[object]] = [
         [each.node, each.operation, each.run, each.cached, each.shared, each.samples, _seconds(each.gpu_seconds)]
@@ -70,7 +71,7 @@ def _print(ready: Prepared, *, why: bool) -> None:
     else:
         for node in counts:
             for reason, times in node.reasons[:3]:
-                output.say(f"{node.node} runs {times} times: {reason}")
+                output.say(f"{node.node} runs {times} time{'s' if times > 1 else ''}: {reason}")
     for row in made.skipped[:MOST_SKIPPED]:
         output.say(f"skipped {row.axis}={row.row}: {row.reason} ({row.file}:{row.line})")
     if len(made.skipped) > MOST_SKIPPED:

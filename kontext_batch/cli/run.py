@@ -99,12 +99,17 @@ def announce(ready: Prepared, *, as_json: bool) -> None:
 
 def submitted(application: Application, ready: Prepared, *, priority: int, as_json: bool) -> int:
     """The run of this plan: the unfinished one of an earlier command, else a new one."""
+    from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import submit as store_run
     from kontext_batch.services.questions import unfinished_run
 
     run_id = unfinished_run(application.repository, ready)
     continued = run_id is not None
-    if run_id is None:
+    if run_id is not None:
+        # Asked for anew: what was blamed for earlier kills, or failed, gets another chance, as in a new run.
+        reconcile(application.repository)
+        application.repository.retry_run(run_id)
+    else:
         run_id = store_run(application.repository, application.wake_ups, ready, trigger="cli", priority=priority)
     if as_json:
         output.event("submitted", run=run_id, continued=continued)

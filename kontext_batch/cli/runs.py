@@ -123,7 +123,7 @@ def retry(
     """
     chosen = common.selection(only, None)
     if failed == bool(chosen.only or step):
-        raise typer.BadParameter("say what is made again: --failed, or --only AXIS=VALUE,...", param_hint="--failed")
+        raise typer.BadParameter("say what is made again: --failed, or --only AXIS=VALUE,..., or --step NAME")
     if failed and take:
         raise typer.BadParameter("a failed step needs no new take: --failed alone", param_hint="--take")
     from kontext_batch.services import questions

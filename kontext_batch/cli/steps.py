@@ -41,7 +41,8 @@ def show(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: 
         output.say(_headline(row))
         output.say(f"  key {row.key}\n  lane {row.lane}")
         for name, value in sorted(row.params.items()):
-            output.say(f"  {name}: {value}")
+            if value not in (None, [], {}, ""):
+                output.say(f"  {name}: {value}")
         if row.artifact is not None:
             made = row.artifact
             output.say(f"  picture {made.width}x{made.height} {made.media_type}, {made.bytes} bytes: {made.uri}")

@@ -162,7 +162,8 @@ class Making:
     def notes(self) -> list[str]:
         """What an author should see before paying."""
         untimed = [
-            f"no past timings for {lane}: {count} images are not in the estimate"
+            f"nothing was timed with {_model_of(lane)} yet: {count} images are not in the estimate; "
+            "run a slice first (--limit)"
             for lane, count in self.untimed.items()
         ]
         return [*self.tally.notes(), *untimed]
@@ -276,6 +277,12 @@ class Making:
         if everything and len(pictures) > MAX_CELLS:
             raise Fault(sets[0].path, f"{len(pictures)} pictures on one sheet; at most {MAX_CELLS}")
         return tuple(pictures)
+
+
+def _model_of(lane: str) -> str:
+    """What people call a lane: its model, and that there are adapters on it."""
+    _, model, _, adapters, _ = lane.split("/", 4)
+    return f"model '{model}'" + ("" if adapters == "-" else " and these adapters")
 
 
 def readable(node: Node, made: MadeSet) -> tuple[Made, ...]:

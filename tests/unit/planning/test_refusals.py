@@ -298,7 +298,7 @@ def test_estimates_come_from_past_timings() -> None:
     made = plan(RECIPE, table=TABLE, files=FILES, lane_seconds={lane: 2.5})
     assert sum(each.gpu_seconds for each in made.steps) == 15.0
     made = plan(RECIPE, table=TABLE, files=FILES)
-    assert f"no past timings for {lane}: 6 images are not in the estimate" in made.notes
+    assert any("6 images are not in the estimate" in note for note in made.notes)
 
 
 def test_an_input_without_rows_is_noted() -> None:
