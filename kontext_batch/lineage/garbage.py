@@ -71,6 +71,8 @@ def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> 
 
 
 def lost_artifact(conn: sa.Connection, sha256: str) -> None:
+    """Live steps that read it fail, or wait for it when it is made again (see `graph.put_back`)."""
+    lock_graph(conn, alone=True)
     conn.execute(
         sa.update(t.artifacts)
         .where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
