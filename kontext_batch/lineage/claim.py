@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
-from kontext_batch.lineage.graph import cancel_unwanted, end_attempts, skip_below
+from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
 from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus, pair_in
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, LeasedStep, ParentOutput, ReconcileReport, SourceInput, WorkerInfo
@@ -272,7 +272,7 @@ def _release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
         .returning(STEPS.id, STEPS.lease_token)
     ).all()
     end_attempts(conn, [(row.id, row.lease_token) for row in back], "released", None)
-    cancel_unwanted(conn, [row.id for row in back])
+    welcome_back(conn, [row.id for row in back])
 
 
 def reconcile(conn: sa.Connection, *, gone_workers: Iterable[str], max_losses: int) -> ReconcileReport:
@@ -297,7 +297,7 @@ def reconcile(conn: sa.Connection, *, gone_workers: Iterable[str], max_losses: i
     end_attempts(
         conn, [(row.id, row.lease_token) for row in lost], "lost", "the worker is gone, or was silent for too long"
     )
-    cancel_unwanted(conn, back)
+    welcome_back(conn, back)
     return ReconcileReport(returned=len(back), quarantined=len(poison))
 
 

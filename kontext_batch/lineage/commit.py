@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
-from kontext_batch.lineage.graph import cancel_unwanted, free_children, skip_below
+from kontext_batch.lineage.graph import free_children, skip_below, welcome_back
 from kontext_batch.lineage.sql import among, in_state, now, now_plus, pair_in, stored_text
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, BatchRecord, CommitReport, StepDone, StepFailed, StepResult
@@ -193,7 +193,7 @@ def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | Non
             )
         )
     skip_below(conn, [result.step_id for result in failed if result.retry_in is None])
-    cancel_unwanted(conn, [result.step_id for result in failed if result.retry_in is not None])
+    welcome_back(conn, [result.step_id for result in failed if result.retry_in is not None])
 
 
 def _settle_uploads(conn: sa.Connection, done: Sequence[StepDone], failed: Pairs) -> None:

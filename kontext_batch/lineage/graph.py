@@ -5,7 +5,7 @@ Each keeps what `verify` checks: a blocked step's `deps_left` is the number of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import sqlalchemy as sa
 
@@ -102,6 +102,46 @@ def put_back(conn: sa.Connection, waits: Mapping[int, int]) -> None:
                 error=None,
             )
         )
+    _wait_again(conn, waits)
+
+
+def _wait_again(conn: sa.Connection, remade: Collection[int]) -> None:
+    """Let the blocked and ready steps that read `remade` wait for them; a leased one goes on with what it has read.
+
+    There are such steps only when a picture was lost behind the database's back: what is collected in order is read
+    by no live step.
+    """
+    reading = STEPS.id.in_(sa.select(t.edges.c.child).where(among(t.edges.c.parent, remade)))
+    undone = _undone_parents()
+    conn.execute(
+        sa.update(t.steps)
+        .where(reading, in_state(STEPS.state, StepState.BLOCKED), STEPS.deps_left != undone)
+        .values(deps_left=undone)
+    )
+    _block(conn, reading)
+
+
+def _block(conn: sa.Connection, which: sa.ColumnElement[bool]) -> None:
+    """Ready steps that have to wait after all are cancelled and asked for anew: they may not just go back."""
+    undone = _undone_parents()
+    found = conn.execute(
+        sa.select(STEPS.id, undone.label("waits")).where(which, in_state(STEPS.state, StepState.READY), undone > 0)
+    )
+    early = {row.id: row.waits for row in found}
+    if early:
+        conn.execute(sa.update(t.steps).where(among(STEPS.id, early)).values(state=StepState.CANCELLED))
+        put_back(conn, early)
+
+
+def _undone_parents() -> sa.ScalarSelect[int]:
+    parent = t.steps.alias("parent")
+    return (
+        sa.select(sa.func.count(t.edges.c.parent.distinct()))
+        .where(t.edges.c.child == STEPS.id, parent.c.id == t.edges.c.parent)
+        .where(sa.not_(in_state(parent.c.state, StepState.DONE)))
+        .correlate(t.steps)
+        .scalar_subquery()
+    )
 
 
 def raise_priorities(conn: sa.Connection, step_ids: Sequence[int]) -> None:
@@ -136,6 +176,13 @@ def cancel_unwanted(conn: sa.Connection, step_ids: Sequence[int]) -> int:
         .where(among(STEPS.id, step_ids), in_state(STEPS.state, StepState.BLOCKED, StepState.READY), sa.not_(wanted))
         .values(state=StepState.CANCELLED)
     ).rowcount
+
+
+def welcome_back(conn: sa.Connection, step_ids: Sequence[int]) -> None:
+    """Steps whose lease was given back are ready; those that nobody wants, or that must wait by now, are not."""
+    if step_ids:
+        cancel_unwanted(conn, step_ids)
+        _block(conn, among(STEPS.id, step_ids))
 
 
 def end_attempts(conn: sa.Connection, pairs: Sequence[tuple[int, int]], outcome: str, error: str | None) -> None:

@@ -20,7 +20,6 @@ STEPS, EDGES, ATTEMPTS, OUTPUTS = t.steps.c, t.edges.c, t.attempts.c, t.step_out
 MOST = 100
 """Violations of one rule that are told."""
 S = StepState
-RUNNABLE = (S.READY, S.LEASED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,9 @@ def _waiting() -> Iterator[tuple[str, str, sa.Select[Any]]]:
         steps.where(in_state(STEPS.state, S.BLOCKED), sa.or_(STEPS.deps_left != undone, STEPS.deps_left == 0)),
     )
     yield (
-        "a step that is ready or leased waits for nothing",
+        "a ready step waits for nothing",
         "steps",
-        steps.where(in_state(STEPS.state, *RUNNABLE), sa.or_(STEPS.deps_left != 0, undone != 0)),
+        steps.where(in_state(STEPS.state, S.READY), sa.or_(STEPS.deps_left != 0, undone != 0)),
     )
     yield (
         "the parents of a blocked step are done or live",
@@ -92,10 +91,10 @@ def _waiting() -> Iterator[tuple[str, str, sa.Select[Any]]]:
         ),
     )
     yield (
-        "a done step has no undone parent, unless that was asked for anew",
+        "a step that is leased or done has no undone parent, unless that was asked for anew",
         "steps",
         steps.where(
-            in_state(STEPS.state, S.DONE),
+            in_state(STEPS.state, S.LEASED, S.DONE),
             exists(*edge, sa.not_(in_state(parent.c.state, S.DONE)), parent.c.asked == 1, outer=t.steps),
         ),
     )

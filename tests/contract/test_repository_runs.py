@@ -219,6 +219,45 @@ def test_a_collected_picture_is_made_again_for_a_delivery(repository: SqlReposit
     assert not repository.verify()
 
 
+def test_a_lost_picture_is_made_again_and_its_live_readers_wait_for_it(repository: SqlRepository) -> None:
+    graph = {"a": [], "x": [], "b": ["a"], "c": ["a"], "d": ["a", "x"], "e": ["b", "a"]}
+    run_id = submit(repository, make_plan(graph))
+    first, other = repository.claim("w1", limit=2, lease_seconds=LEASE)
+    repository.commit(None, [done(first)])
+    repository.lost_artifact(done(first).outputs[0].artifact.sha256)
+    [reader] = repository.claim("w1", limit=1, lease_seconds=LEASE)
+    repository.commit(None, [failed(reader)])
+    assert states(repository, run_id) == {
+        "a": "done", "x": "leased", "b": "failed", "c": "ready", "d": "blocked", "e": "skipped"
+    }  # fmt: skip
+    again = submit(repository, make_plan(graph))
+    assert states(repository, again) == {
+        "a": "ready", "x": "leased", "b": "blocked", "c": "blocked", "d": "blocked", "e": "blocked"
+    }  # fmt: skip
+    assert not repository.verify()
+    repository.commit(None, [done(other)])
+    assert finish(repository) == 5
+    assert repository.run(run_id).steps == {S.DONE: 6}
+    assert not repository.verify()
+
+
+def test_a_lease_whose_picture_is_being_made_again_comes_back_blocked(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": ["a"], "c": ["a"]}))
+    [first] = repository.claim("w1", limit=1, lease_seconds=LEASE)
+    repository.commit(None, [done(first)])
+    one, two = repository.claim("w1", limit=2, lease_seconds=LEASE)
+    repository.lost_artifact(done(first).outputs[0].artifact.sha256)
+    again = submit(repository, make_plan({"a": [], "d": ["a"]}))
+    assert states(repository, again) == {"a": "ready", "d": "blocked"}
+    assert not repository.verify()
+    repository.release([(one.id, one.token)])
+    repository.commit(None, [failed(two, retry_in=0.0)])
+    assert [row.state for row in repository.steps_by_id([one.id, two.id])] == [S.BLOCKED, S.BLOCKED]
+    assert not repository.verify()
+    assert finish(repository) == 4
+    assert not repository.verify()
+
+
 def test_retry_puts_back_what_did_not_succeed(repository: SqlRepository) -> None:
     run_id = submit(repository, make_plan({"a": [], "b": ["a"], "x": []}, deliver=["b", "x"]))
     fail_first(repository, name="a")
