@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,6 +25,18 @@ from kontext_batch.lineage.repository import SqlRepository
 
 POSTGRES_VARIABLE = "KONTEXT_TEST_POSTGRES_URL"
 _NUMBERS = itertools.count()
+WATCHDOG = """
+import os, shutil, signal, sys
+folder = sys.argv[1]
+sys.stdin.read()
+try:
+    with open(os.path.join(folder, "postmaster.pid")) as file:
+        os.kill(int(file.readline()), signal.SIGQUIT)
+except (OSError, ValueError):
+    pass
+shutil.rmtree(folder, ignore_errors=True)
+"""
+"""Ends the server of that folder when the process at the other end of its standard input is gone, however it went."""
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +58,9 @@ def postgres_server() -> Iterator[sa.URL]:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no PostgreSQL: {error}")
+    watchdog = subprocess.Popen(
+        [sys.executable, "-c", WATCHDOG, str(folder)], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
         # Nothing of this has to outlive a power cut.
@@ -53,6 +70,7 @@ def postgres_server() -> Iterator[sa.URL]:
         yield url
     finally:
         server.cleanup()
+        watchdog.communicate(timeout=60)
 
 
 @pytest.fixture(scope="session")
