@@ -6,6 +6,7 @@ The embedded default runs it in the process of `run`; a cluster's workers run th
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from kontext_batch.services.maintain import collect_garbage, reconcile
 
 log = structlog.get_logger(__name__)
 
+LOOK_SECONDS = 1.0
+"""Between two looks at how a run stands: it takes 40 to 70 ms at 100,000 steps."""
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 
@@ -88,11 +91,15 @@ class Worker:
         try:
             reconcile(self.repository)  # what a killed process of this host held is free at once
             with Heartbeat(self.repository, self.info.id, self.lease_seconds):
+                look_again = 0.0
                 while not self.stopping.is_set():
                     worked = self.work_once(run_id=run_id, on_step=on_step)
                     delivered = deliver_pending(
                         self.repository, self.store, run_id=run_id, content_filter=self.content_filter
                     )
+                    if worked and time.monotonic() < look_again:
+                        continue
+                    look_again = time.monotonic() + LOOK_SECONDS
                     self.repository.finish_runs()
                     summary = self.repository.run(run_id)
                     if on_progress is not None:
