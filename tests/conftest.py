@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import structlog
 import torch
 
 torch.set_num_threads(1)
@@ -18,6 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    structlog.reset_defaults()  # a command's logging writes to the standard error of its own test
     for name in list(os.environ):
         if name.startswith(("KONTEXT_BATCH_", "AWS_")):
             monkeypatch.delenv(name)
