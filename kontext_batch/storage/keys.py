@@ -44,7 +44,7 @@ class ObjectKeys:
     """The names of artifacts under one root. Called, it is the `ArtifactUri` of the services."""
 
     root: str
-    """URI prefix without a trailing slash: `file:///work/kontext-out`, `s3://bucket` or `s3://bucket/prefix`."""
+    """URI prefix without a trailing slash: `file:///data/kontext-out`, `s3://bucket` or `s3://bucket/prefix`."""
 
     def __post_init__(self) -> None:
         if self.root.endswith("/"):

@@ -117,7 +117,7 @@ def test_hidden_names() -> None:
 # ------------------------------------------------------------------------------------------------------------- keys
 
 
-@pytest.mark.parametrize("root", ["file:///work/kontext%20out", "s3://bucket", "s3://bucket/a/b"])
+@pytest.mark.parametrize("root", ["file:///data/kontext%20out", "s3://bucket", "s3://bucket/a/b"])
 @pytest.mark.parametrize("media_type", EXTENSIONS)
 def test_an_artifact_uri_names_hash_and_type(root: str, media_type: str) -> None:
     keys = ObjectKeys(root)
