@@ -503,8 +503,11 @@ class Repository(Protocol):
         """
         ...
 
-    def lost_artifact(self, sha256: str) -> None:
-        """Its object is gone or damaged: mark it collected, so that whoever needs it next has it made again."""
+    def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
+        """Its object is gone or damaged: mark it collected, so that whoever needs it next has it made again.
+
+        `delete` as for `forget_artifact`: what is put anew is written only where nothing is.
+        """
         ...
 
     def orphaned_uploads(self) -> Sequence[str]:

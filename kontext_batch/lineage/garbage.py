@@ -65,19 +65,27 @@ def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> 
     if uri is None:
         return False
     conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state != "intent").values(state="orphaned"))
-    if delete is not None and not conn.scalar(sa.select(_announced(uri))):
-        delete(uri)
+    _delete_unless_announced(conn, uri, delete)
     return True
 
 
-def lost_artifact(conn: sa.Connection, sha256: str) -> None:
+def lost_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> None:
     """Live steps that read it fail, or wait for it when it is made again (see `graph.put_back`)."""
     lock_graph(conn, alone=True)
-    conn.execute(
+    uri = conn.scalar(
         sa.update(t.artifacts)
         .where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
         .values(collected_at=now())
+        .returning(ARTIFACTS.uri)
     )
+    if uri is not None:
+        _delete_unless_announced(conn, uri, delete)
+
+
+def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> None:
+    """Under the graph's lock: whoever has announced the object may have put it anew."""
+    if delete is not None and not conn.scalar(sa.select(_announced(uri))):
+        delete(uri)
 
 
 def orphaned_uploads(conn: sa.Connection) -> list[str]:

@@ -179,8 +179,8 @@ class SqlRepository:
     def forget_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> bool:
         return self._db.write(garbage.forget_artifact, sha256, delete)
 
-    def lost_artifact(self, sha256: str) -> None:
-        self._db.write(garbage.lost_artifact, sha256)
+    def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
+        self._db.write(garbage.lost_artifact, sha256, delete)
 
     def orphaned_uploads(self) -> Sequence[str]:
         return self._db.read(garbage.orphaned_uploads)

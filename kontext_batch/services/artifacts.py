@@ -17,6 +17,5 @@ def read_artifact(repository: Repository, store: ObjectStore, artifact: Artifact
         if sha256_hex(data) == artifact.sha256:
             return data
         fault = "is damaged (its sha256 differs)"
-    repository.lost_artifact(artifact.sha256)
-    store.delete(artifact.uri)  # what is put anew is written only where nothing is
+    repository.lost_artifact(artifact.sha256, store.delete)
     raise StepError(f"{artifact.uri}: the stored image {fault}; the same command makes it again")
