@@ -14,30 +14,30 @@ from torch import Tensor
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
 from engine.latents import image_to_tensor
+from engine.training.data import shares
 from engine.training.instructions import random_example
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
 from engine.training.products import render
 
-TINY = AutoencoderConfig(block_channels=(16, 32, 48, 64), res_blocks=1, groups=8, scale=1.0, shift=0.0, sample_size=128)
-"""About 0.6 M parameters; scale and shift are set from the latents when it is trained."""
-KL_WEIGHT = 1e-6
+TINY = AutoencoderConfig(block_channels=(16, 32, 64, 64), res_blocks=1, groups=8, scale=1.0, shift=0.0, sample_size=128)
+"""1.1 M parameters; scale and shift are set from the latents when it is trained."""
+KL_WEIGHT = 2e-7
 SQUARED_WEIGHT = 2.0
 CROP, CROPPED_SHARE = 64, 0.85
 """The first share of the steps sees random crops of this side, at a quarter of the cost; the rest whole pictures."""
 
 
-def picture_pool(count: int, seed: int, cache: Path | None = None) -> Tensor:
-    """`count` pictures as bytes (count, 3, 128, 128), drawn once and kept in `cache`."""
-    if cache is not None and cache.is_file():
-        return torch.from_numpy(np.load(cache))
+def picture_pool(count: int, seed: int, area: int = 128 * 128) -> list[Tensor]:
+    """About `count` pictures as bytes, one (n, 3, height, width) for each size of `area`; half of them square."""
     rng = np.random.default_rng(seed)
-    pool = np.empty((count, 3, 128, 128), np.uint8)
-    for index in range(count):
-        pool[index] = np.asarray(render(random_example(rng).after)).transpose(2, 0, 1)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cache, pool)
-    return torch.from_numpy(pool)
+    return [
+        torch.from_numpy(
+            np.stack([np.asarray(render(random_example(rng).after, width, height)) for _ in range(share)])
+            .transpose(0, 3, 1, 2)
+            .copy()
+        )
+        for (width, height), share in shares(count, area).items()
+    ]
 
 
 def reconstruction_loss(module: Autoencoder, images: Tensor, noise: torch.Generator) -> Loss:
@@ -73,24 +73,24 @@ def train_autoencoder(
     if start is not None:
         module.load_state_dict(start.state_dict())
     module.encoder.requires_grad_(not freeze_encoder)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loop = Loop(module, config, folder)
+    loop = Loop(module, config, folder, hidden=lambda name: name.endswith("weight") and "conv_out" not in name)
     loop.resume()
-    pictures = picture_pool(pool, config.seed, folder / "pictures.npy")
+    pools = picture_pool(pool, config.seed)
+    odds = np.array([len(pictures) for pictures in pools]) / sum(len(pictures) for pictures in pools)
 
     def loss_of(moment: Moment) -> Loss:
-        chosen = torch.from_numpy(moment.numpy.integers(0, len(pictures), batch))
-        images = pictures[chosen]
+        pictures = pools[moment.numpy.choice(len(pools), p=odds)]
+        images = pictures[torch.from_numpy(moment.numpy.integers(0, len(pictures), batch))]
         if moment.step < CROPPED_SHARE * config.steps:
-            top, left = moment.numpy.integers(0, images.shape[-1] - CROP + 1, 2)
+            top = moment.numpy.integers(0, images.shape[-2] - CROP + 1)
+            left = moment.numpy.integers(0, images.shape[-1] - CROP + 1)
             images = images[:, :, top : top + CROP, left : left + CROP]
-        images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        return reconstruction_loss(module, images, moment.torch)
+        return reconstruction_loss(module, images.float() / 127.5 - 1, moment.torch)
 
     loop.run(loss_of, say=say)
     loop.use_average()
     module.eval()
-    return module if freeze_encoder else normalised(module, pictures[:512])
+    return module if freeze_encoder else normalised(module, max(pools, key=len)[:512])
 
 
 @torch.no_grad()

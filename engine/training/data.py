@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.autoencoder import Autoencoder
 from engine.errors import ConfigError
+from engine.geometry import sizes, token_grid
 from engine.latents import pack
 from engine.training.instructions import random_example
 from engine.training.products import render
 
 COLUMNS = ("before", "after", "instruction")
+SQUARE_SHARE = 0.5
+"""Of what is drawn; the other sizes of the model's list have the rest in equal parts."""
+
+
+def shares(count: int, area: int) -> dict[tuple[int, int], int]:
+    """How many of `count` pictures to draw at each size (width, height) of an area."""
+    others = [size for size in sizes(area) if size[0] != size[1]]
+    square = math.isqrt(area)
+    return {(square, square): round(SQUARE_SHARE * count)} | {
+        size: max(1, round((1 - SQUARE_SHARE) * count / len(others))) for size in others
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +50,10 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class FlowData:
-    """Pairs as the flow sees them: packed latents (count, tokens, channels) and token ids, the empty prompt last."""
+    """Pairs of one size as the flow sees them: packed latents (count, tokens, channels) and token ids.
+
+    The ids of the empty prompt come last.
+    """
 
     before: Tensor
     after: Tensor
@@ -47,29 +66,21 @@ class FlowData:
     """Rows and columns of tokens."""
 
 
-def drawn_pairs(count: int, seed: int, folder: Path) -> Pairs:
-    """`count` drawn pairs of 128x128 pixels, kept in `folder` once they are drawn."""
-    names = {name: folder / f"{name}.npy" for name in ("before", "after", "has_before")}
-    words = folder / "prompts.json"
-    if not words.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(seed)
-        before = np.zeros((count, 3, 128, 128), np.uint8)
-        after = np.zeros_like(before)
-        has_before = np.zeros(count, bool)
-        prompts = []
-        for index in range(count):
-            example = random_example(rng)
-            after[index] = np.asarray(render(example.after)).transpose(2, 0, 1)
-            if example.before is not None:
-                before[index] = np.asarray(render(example.before)).transpose(2, 0, 1)
-                has_before[index] = True
-            prompts.append(example.instruction)
-        for name, array in (("before", before), ("after", after), ("has_before", has_before)):
-            np.save(names[name], array)
-        words.write_text(json.dumps(prompts))
-    arrays = {name: torch.from_numpy(np.load(path, mmap_mode="c")) for name, path in names.items()}
-    return Pairs(**arrays, prompts=json.loads(words.read_text()))
+def drawn_pairs(count: int, rng: np.random.Generator, width: int, height: int) -> Pairs:
+    """`count` drawn pairs of one size."""
+    after = np.zeros((count, height, width, 3), np.uint8)
+    before = np.zeros_like(after)
+    examples = [random_example(rng) for _ in range(count)]
+    for index, example in enumerate(examples):
+        after[index] = np.asarray(render(example.after, width, height))
+        if example.before is not None:
+            before[index] = np.asarray(render(example.before, width, height))
+    return Pairs(
+        before=torch.from_numpy(before).permute(0, 3, 1, 2),
+        after=torch.from_numpy(after).permute(0, 3, 1, 2),
+        has_before=torch.tensor([example.before is not None for example in examples]),
+        prompts=[example.instruction for example in examples],
+    )
 
 
 def read_pairs(table: Path, width: int, height: int) -> Pairs:
@@ -106,12 +117,53 @@ def read_pairs(table: Path, width: int, height: int) -> Pairs:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Pairs of one size after the autoencoder: packed latents (count, tokens, channels)."""
+
+    before: Tensor
+    after: Tensor
+    has_before: Tensor
+    prompts: list[str]
+    grid: tuple[int, int]
+
+    def with_ids(self, token_ids: Callable[[list[str]], tuple[Tensor, Tensor]]) -> FlowData:
+        """With the tokens of their words."""
+        clip_ids, t5_ids = token_ids([*self.prompts, ""])
+        return FlowData(self.before, self.after, self.has_before, clip_ids, t5_ids, self.grid)
+
+
+def encode_pairs(autoencoder: Autoencoder, pairs: Pairs) -> Latents:
+    return Latents(
+        before=encode_all(autoencoder, pairs.before),
+        after=encode_all(autoencoder, pairs.after),
+        has_before=pairs.has_before,
+        prompts=pairs.prompts,
+        grid=token_grid(pairs.after.shape[-1], pairs.after.shape[-2]),
+    )
+
+
 @torch.no_grad()
-def encode_all(autoencoder: Autoencoder, pictures: Tensor, cache: Path | None = None) -> Tensor:
-    """Packed latents (count, tokens, channels) of pictures given as bytes, kept in `cache`."""
-    if cache is not None and cache.is_file():
-        return torch.from_numpy(np.load(cache))
-    latents = torch.cat([pack(autoencoder.encode(part.float() / 127.5 - 1)) for part in torch.split(pictures, 32)])
-    if cache is not None:
-        np.save(cache, latents.numpy())
-    return latents.contiguous()
+def encode_all(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
+    """Packed latents (count, tokens, channels) of pictures given as bytes."""
+    return torch.cat([pack(autoencoder.encode(part.float() / 127.5 - 1)) for part in torch.split(pictures, 32)])
+
+
+def drawn_latents(autoencoder: Autoencoder, count: int, seed: int, folder: Path) -> list[Latents]:
+    """Drawn pairs at the sizes of the autoencoder's area, encoded once and kept in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = []
+    for index, ((width, height), share) in enumerate(shares(count, autoencoder.config.sample_size**2).items()):
+        path = folder / f"{width}x{height}.safetensors"
+        if not path.is_file():
+            pairs = drawn_pairs(share, np.random.default_rng((seed, index)), width, height)
+            found = encode_pairs(autoencoder, pairs)
+            tensors = {"before": found.before, "after": found.after, "has_before": found.has_before}
+            part = path.with_suffix(".part")
+            save_file(tensors, part, metadata={"prompts": json.dumps(found.prompts)})
+            part.replace(path)
+        with safe_open(path, framework="pt") as file:
+            prompts = json.loads(file.metadata()["prompts"])
+            tensors = {name: file.get_tensor(name) for name in ("before", "after", "has_before")}
+        out.append(Latents(**tensors, prompts=prompts, grid=token_grid(width, height)))
+    return out

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -77,6 +78,7 @@ class FlowWithText(nn.Module):
         """A finished model to go on from; its text encoders stay as they are, as the paper's do."""
         files, cpu = find_model(folder), torch.device("cpu")
         flow = load_transformer(files, device=cpu, dtype=torch.float32).requires_grad_(True)
+        freeze_unused_guidance(flow)
         text = TextEncoder(files, device=cpu, dtype=torch.float32, text_length=None)
         text.t5_tokenizer.model_max_length = text.text_length
         return cls(folder, flow, (text.clip, text.t5), (text.clip_tokenizer, text.t5_tokenizer))
@@ -116,8 +118,12 @@ class FlowWithText(nn.Module):
             shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
 
     def export(self, folder: Path, autoencoder: Autoencoder, dtype: torch.dtype) -> None:
-        """Write a whole model in the diffusers layout; everything but the autoencoder in `dtype`. Changes itself."""
-        self.to(dtype)
+        """Write a whole model in the diffusers layout, its transformer in `dtype`, the rest in fp32. Changes itself.
+
+        diffusers brings transformer and autoencoder to fp32 when it loads them, and text encoders to what their files
+        have: a folder whose small text encoders are fp32 loads there as it is.
+        """
+        self.flow.to(dtype)
         save_model(folder, transformer=self.flow, autoencoder=autoencoder, save_texts=self.save_texts)
 
 
@@ -135,13 +141,22 @@ def start_like_dit(flow: FlowTransformer) -> None:
                 nn.init.zeros_(module.weight)
     if flow.guidance_in is not None:
         for parameter in flow.guidance_in.parameters():
-            nn.init.zeros_(parameter).requires_grad_(False)
+            nn.init.zeros_(parameter)
+    freeze_unused_guidance(flow)
+
+
+def freeze_unused_guidance(flow: FlowTransformer) -> None:
+    """Leave a guidance embedder of zeros as it is: the model is not guidance-distilled."""
+    if flow.guidance_in is not None and not any(parameter.any() for parameter in flow.guidance_in.parameters()):
+        flow.guidance_in.requires_grad_(False)
 
 
 def edit_loss(
-    module: FlowWithText, data: FlowData, moment: Moment, batch: int, *, context_dropout: float = 0.0
+    module: FlowWithText, parts: Sequence[FlowData], moment: Moment, batch: int, *, context_dropout: float = 0.0
 ) -> Tensor:
-    """The objective over a random batch. Rows without context, for text-to-image, leave its tokens out."""
+    """The objective over a random batch of one size. Rows without context, for text-to-image, leave its tokens out."""
+    counts = np.array([len(part.after) for part in parts])
+    data = parts[moment.numpy.choice(len(parts), p=counts / counts.sum())]
     empty = len(data.after)
     chosen = torch.from_numpy(moment.numpy.integers(0, empty, batch))
     worded = torch.where(torch.from_numpy(moment.numpy.random(batch) < PROMPT_DROPOUT), empty, chosen)
@@ -166,7 +181,7 @@ def edit_loss(
 def train_flow(
     module: FlowWithText,
     trained: nn.Module,
-    data: FlowData,
+    parts: Sequence[FlowData],
     config: LoopConfig,
     folder: Path,
     *,
@@ -178,12 +193,12 @@ def train_flow(
 
     Ends with the averaged parameters in place.
     """
-    loop = Loop(trained, config, folder)
+    loop = Loop(trained, config, folder, hidden=lambda name: "_blocks." in name)
     loop.resume()
 
     def loss_of(moment: Moment) -> Loss:
         figures: Mapping[str, float] = {}
-        return edit_loss(module, data, moment, batch, context_dropout=context_dropout), figures
+        return edit_loss(module, parts, moment, batch, context_dropout=context_dropout), figures
 
     loop.run(loss_of, say=say)
     loop.use_average()

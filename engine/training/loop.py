@@ -20,8 +20,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss = tuple[Tensor, Mapping[str, float]]
+
+ATTENTION = [SDPBackend.MATH]
+"""On a CPU its backward pass takes a third of the fused kernel's time at a few hundred tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,9 @@ class LoopConfig:
     log_every: int = 25
     bf16: bool = False
     """Compute in bfloat16 where it is safe (autocast); parameters stay fp32."""
+    muon: bool = False
+    """Muon instead of AdamW for the weights of hidden layers (Jordan et al. 2024, scaled as in arXiv 2502.16982, so
+    that both take the same learning rates)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +66,44 @@ class Moment:
 
 
 class Loop:
-    """AdamW with warm-up, cosine, clipping and an average of the parameters."""
+    """AdamW, or Muon beside it, with warm-up, cosine, clipping and an average of the parameters.
 
-    def __init__(self, module: nn.Module, config: LoopConfig, folder: Path) -> None:
+    `hidden` tells by name which weights are of hidden layers; kernels of convolutions count as matrices of one row for
+    each output channel.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: LoopConfig,
+        folder: Path,
+        hidden: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.module, self.config, self.folder = module, config, folder
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        decayed = [p for p in self.parameters.values() if p.ndim > 1]
-        plain = [p for p in self.parameters.values() if p.ndim <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=(0.9, 0.99),
-        )
+        self.matrices = {
+            name: nn.Parameter(p.detach().view(p.shape[0], -1))
+            for name, p in self.parameters.items()
+            if config.muon and p.ndim > 1 and hidden(name)
+        }
+        """Views of the weights that Muon steps."""
+        others = [p for name, p in self.parameters.items() if name not in self.matrices]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [
+                    {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
+                    {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+                ],
+                lr=config.lr,
+                betas=(0.9, 0.99),
+            )
+        ]
+        if self.matrices:
+            matrices = list(self.matrices.values())
+            self.optimisers.append(
+                torch.optim.Muon(matrices, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -89,13 +121,18 @@ class Loop:
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(f"model.{name}"))
                 self.average[name] = file.get_tensor(f"ema.{name}").clone()
-                if self.step:
-                    self.optimiser.state[parameter] = {
-                        "step": torch.tensor(float(self.step)),
-                        "exp_avg": file.get_tensor(f"first.{name}").clone(),
-                        "exp_avg_sq": file.get_tensor(f"second.{name}").clone(),
-                    }
+            for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
+                kind, _, name = key.partition(".")
+                if kind not in ("model", "ema"):
+                    optimiser, parameter = self._stepped(name)
+                    optimiser.state[parameter][kind] = file.get_tensor(key).clone()
         return True
+
+    def _stepped(self, name: str) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+        """The optimiser of a parameter, and the parameter as that optimiser knows it."""
+        if name in self.matrices:
+            return self.optimisers[1], self.matrices[name]
+        return self.optimisers[0], self.parameters[name]
 
     def save(self) -> None:
         """Replace the checkpoint in one move: a kill leaves the old one or the new one."""
@@ -103,10 +140,9 @@ class Loop:
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter.detach().contiguous()
             tensors[f"ema.{name}"] = self.average[name].contiguous()
-            state = self.optimiser.state.get(parameter)
-            if state:
-                tensors[f"first.{name}"] = state["exp_avg"].contiguous()
-                tensors[f"second.{name}"] = state["exp_avg_sq"].contiguous()
+            optimiser, stepped = self._stepped(name)
+            for key, value in optimiser.state[stepped].items():
+                tensors[f"{key}.{name}"] = value.contiguous()
         part = self.checkpoint.with_suffix(".part")
         save_file(tensors, part, metadata={"step": str(self.step)})
         os.replace(part, self.checkpoint)
@@ -133,16 +169,23 @@ class Loop:
         started, first = time.perf_counter(), self.step
         shown: dict[str, list[float]] = {}
         while self.step < config.steps:
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.learning_rate(self.step)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
+            for optimiser in self.optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = self.learning_rate(self.step)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16), sdpa_kernel(ATTENTION):
                 loss, figures = loss_of(Moment.of(config.seed, self.step))
-            self.optimiser.zero_grad(set_to_none=True)
+            for parameter in self.parameters.values():
+                parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"the gradient of step {self.step} is not finite; lower the learning rate")
-            self.optimiser.step()
+            for name, matrix in self.matrices.items():
+                grad = self.parameters[name].grad
+                assert grad is not None
+                matrix.grad = grad.reshape(matrix.shape)
+            for optimiser in self.optimisers:
+                optimiser.step()
             self.step += 1
             decay = min(config.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():

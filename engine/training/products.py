@@ -1,18 +1,18 @@
 """Procedural product pictures with known edits: the training data of the shipped model.
 
 A `Scene` is what a picture shows; an edit is a change of the Scene, so the true result of every instruction is known.
-Pictures are drawn at three times their size and averaged down, so that edges are smooth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (206, 38, 42),
@@ -33,6 +33,9 @@ PATTERNS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("plain", "studio", "table")
 """One colour; a sweep that fades downwards; a wall over a darker table top."""
 
+BADGES = ("SALE", "NEW", "HOT", "ECO", "TOP")
+"""Words of the badge in the upper right corner."""
+
 Background = Literal["plain", "studio", "table"]
 Float = NDArray[np.float32]
 SUPERSAMPLE = 3
@@ -40,7 +43,7 @@ SUPERSAMPLE = 3
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything that a picture shows."""
+    """Everything that a picture shows. Places are shares of the square in the picture's middle."""
 
     product: str
     colour: str
@@ -48,11 +51,13 @@ class Scene:
     background: str = "plain"
     background_colour: str = "white"
     x: float = 0.5
-    """Centre of the product, share of the width."""
+    """Centre of the product."""
     y: float = 0.52
     size: float = 0.62
-    """Height of the product, share of the shorter side."""
+    """Height of the product."""
     shadow: bool = True
+    badge: str = ""
+    """One of `BADGES`, or none."""
 
 
 Shape = Callable[[ImageDraw.ImageDraw, Callable[[float, float], tuple[float, float]], float], None]
@@ -120,8 +125,8 @@ def _vase(pen: ImageDraw.ImageDraw, at: Callable[[float, float], tuple[float, fl
 
 
 def _cap(pen: ImageDraw.ImageDraw, at: Callable[[float, float], tuple[float, float]], unit: float) -> None:
-    pen.pieslice(_box(at, -0.75, -0.75, 0.75, 0.85), 180, 360, fill=255)
-    pen.rounded_rectangle(_box(at, -0.2, -0.05, 1.05, 0.2), radius=0.1 * unit, fill=255)
+    pen.pieslice(_box(at, -0.75, -0.45, 0.75, 1.15), 180, 360, fill=255)
+    pen.rounded_rectangle(_box(at, -0.2, 0.25, 1.05, 0.5), radius=0.1 * unit, fill=255)
 
 
 SHAPES: dict[str, Shape] = {
@@ -137,65 +142,99 @@ SHAPES: dict[str, Shape] = {
     "cap": _cap,
 }
 PRODUCTS = tuple(SHAPES)
+FOOT = {"mug": 0.85, "shirt": 0.92, "bag": 0.9, "shoe": 0.62, "box": 0.8, "cap": 0.5}
+"""Where a product stands, in product coordinates; 0.98 for the others."""
+HORIZON = 0.62
+"""Edge of the table top, as a share of the square in the middle."""
 
 
 def render(scene: Scene, width: int = 128, height: int = 128) -> Image.Image:
-    """The picture of a scene; the same scene and size always give the same bytes."""
-    w, h = SUPERSAMPLE * width, SUPERSAMPLE * height
-    unit = scene.size * min(w, h) / 2
-    centre_x, centre_y = scene.x * w, scene.y * h
+    """The picture of a scene; the same scene and size always give the same bytes.
+
+    What is hard-edged is drawn as a mask at three times the size and averaged down; light and colours are mixed at the
+    picture's own size.
+    """
+    side = min(width, height)
+    unit = scene.size * side / 2
+    centre_x, centre_y = width / 2 + (scene.x - 0.5) * side, height / 2 + (scene.y - 0.5) * side
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return centre_x + x * unit, centre_y + y * unit
+        return SUPERSAMPLE * (centre_x + x * unit), SUPERSAMPLE * (centre_y + y * unit)
 
-    canvas = _backdrop(scene, w, h)
+    canvas = _backdrop(scene, width, height)
     if scene.shadow:
-        shade = _mask(w, h, lambda pen: pen.ellipse(_box(at, -0.9, 0.78, 0.9, 1.12), fill=255))
-        shade = np.asarray(
-            Image.fromarray((shade * 255).astype(np.uint8)).reduce(SUPERSAMPLE).resize((w, h)), np.float32
-        )
-        canvas = (canvas * (1 - 0.22 * shade[..., None] / 255)).astype(np.float32)
-    body = _mask(w, h, lambda pen: SHAPES[scene.product](pen, at, unit))
-    surface = _surface(scene, w, h, centre_x, centre_y, unit)
-    canvas = canvas * (1 - body[..., None]) + surface * body[..., None]
+        foot = FOOT.get(scene.product, 0.98)
+        shade = Image.new("L", (width, height))
+        box = [
+            (at(x, foot + y)[0] / SUPERSAMPLE, at(x, foot + y)[1] / SUPERSAMPLE)
+            for x, y in ((-0.95, -0.12), (0.95, 0.14))
+        ]
+        ImageDraw.Draw(shade).ellipse(box, fill=255)
+        canvas *= 1 - 0.3 * _share(shade.filter(ImageFilter.GaussianBlur(0.06 * unit)))
+    x: Float = (((np.arange(SUPERSAMPLE * width) + 0.5) / SUPERSAMPLE - centre_x) / unit).astype(np.float32)
+    y: Float = (((np.arange(SUPERSAMPLE * height) + 0.5) / SUPERSAMPLE - centre_y) / unit).astype(np.float32)
+    body = Image.new("L", (SUPERSAMPLE * width, SUPERSAMPLE * height))
+    SHAPES[scene.product](ImageDraw.Draw(body), at, SUPERSAMPLE * unit)
+    base = np.array(COLOURS[scene.colour], np.float32)
+    paint = base * _share(body.reduce(SUPERSAMPLE))
+    if scene.pattern != "plain":
+        marked = Image.fromarray(_marked(scene.pattern, x[None, :], y[:, None]).astype(np.uint8) * np.uint8(255))
+        ink = np.array((245, 245, 243) if base.mean() < 190 else (60, 62, 70), np.float32)
+        paint += (ink - base) * _share(ImageChops.darker(body, marked).reduce(SUPERSAMPLE))
+    across = x[SUPERSAMPLE // 2 :: SUPERSAMPLE, None]
+    paint *= 1.04 - 0.2 * np.clip((across + 1) / 2, 0, 1)  # light from the left
+    canvas = canvas * (1 - _share(body.reduce(SUPERSAMPLE))) + np.minimum(paint, 255)
     picture = Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), "RGB")
-    return picture.reduce(SUPERSAMPLE)
+    if scene.badge:
+        _pin(scene.badge, picture, side)
+    return picture
 
 
-def _mask(w: int, h: int, draw: Callable[[ImageDraw.ImageDraw], object]) -> Float:
-    mask = Image.new("L", (w, h))
-    draw(ImageDraw.Draw(mask))
-    return np.asarray(mask, np.float32) / np.float32(255)
+def _share(mask: Image.Image) -> Float:
+    """A mask as (height, width, 1) in [0, 1]."""
+    return np.asarray(mask, np.float32)[..., None] / np.float32(255)
 
 
-def _backdrop(scene: Scene, w: int, h: int) -> Float:
+def _backdrop(scene: Scene, width: int, height: int) -> Float:
     colour = np.array(COLOURS[scene.background_colour], np.float32)
-    down = np.linspace(0, 1, h, dtype=np.float32)[:, None, None]
-    canvas: Float = np.broadcast_to(colour, (h, w, 3)).astype(np.float32)
+    canvas: Float = np.broadcast_to(colour, (height, width, 3)).astype(np.float32)
     if scene.background == "studio":
-        canvas = (canvas * (1.06 - 0.3 * down)).astype(np.float32)
+        canvas *= (1.06 - 0.3 * np.linspace(0, 1, height, dtype=np.float32))[:, None, None]
     elif scene.background == "table":
-        canvas = np.where(down > 0.68, canvas * 0.62 + 12, canvas).astype(np.float32)
+        edge = round(height / 2 + (HORIZON - 0.5) * min(width, height))
+        canvas[edge:] = canvas[edge:] * 0.62 + 12
     return np.minimum(canvas, np.float32(255))
 
 
-def _surface(scene: Scene, w: int, h: int, centre_x: float, centre_y: float, unit: float) -> Float:
-    """Colour of the product at every pixel: base, pattern, then light from the left."""
-    base = np.array(COLOURS[scene.colour], np.float32)
-    ink = np.array((245, 245, 243) if base.mean() < 190 else (60, 62, 70), np.float32)
-    x = (np.arange(w, dtype=np.float32)[None, :] - centre_x) / unit
-    y = (np.arange(h, dtype=np.float32)[:, None] - centre_y) / unit
-    if scene.pattern == "striped":
-        marked = np.broadcast_to((y * 2.6) % 1 < 0.42, (h, w))
-    elif scene.pattern == "dotted":
-        marked = ((x * 2.8) % 1 - 0.5) ** 2 + ((y * 2.8) % 1 - 0.5) ** 2 < 0.075
-    elif scene.pattern == "checked":
-        marked = ((x * 2.2) % 1 < 0.5) ^ ((y * 2.2) % 1 < 0.5)
-    else:
-        marked = np.zeros((h, w), bool)
-    colour = np.where(marked[..., None], ink, base)
-    light = 1.04 - 0.2 * np.clip((x + 1) / 2, 0, 1)
-    return np.minimum(colour * light[..., None], 255).astype(np.float32)
+def _marked(pattern: str, x: Float, y: Float) -> NDArray[np.bool_]:
+    """Where a pattern puts its ink, over product coordinates."""
+    if pattern == "striped":
+        return np.broadcast_to((y * 2.6) % 1 < 0.42, (y.size, x.size))
+    if pattern == "dotted":
+        dots: NDArray[np.bool_] = ((x * 2.8) % 1 - 0.5) ** 2 + ((y * 2.8) % 1 - 0.5) ** 2 < 0.075
+        return dots
+    checks: NDArray[np.bool_] = ((x * 2.2) % 1 < 0.5) ^ ((y * 2.2) % 1 < 0.5)
+    return checks
+
+
+@cache
+def _badge(word: str, side: int) -> Image.Image:
+    """A white word on a dark red label with a white rim, for pictures whose shorter side is `side`."""
+    wide, high = round(0.36 * side), round(0.17 * side)
+    label = Image.new("RGBA", (SUPERSAMPLE * wide, SUPERSAMPLE * high))
+    pen = ImageDraw.Draw(label)
+    edge = (SUPERSAMPLE * wide - 1, SUPERSAMPLE * high - 1)
+    pen.rounded_rectangle([(0, 0), edge], 0.03 * SUPERSAMPLE * side, fill="white")
+    rim = SUPERSAMPLE
+    pen.rounded_rectangle([(rim, rim), (edge[0] - rim, edge[1] - rim)], 0.025 * SUPERSAMPLE * side, fill=(168, 20, 40))
+    font = ImageFont.load_default(0.125 * SUPERSAMPLE * side)
+    pen.text((edge[0] / 2, edge[1] / 2), word, fill="white", font=font, anchor="mm", stroke_width=1)
+    return label.reduce(SUPERSAMPLE)
+
+
+def _pin(word: str, picture: Image.Image, side: int) -> None:
+    badge, margin = _badge(word, side), round(0.04 * side)
+    picture.paste(badge, (picture.width - badge.width - margin, margin), badge)
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -208,10 +247,11 @@ def random_scene(rng: np.random.Generator) -> Scene:
         pattern=str(rng.choice(PATTERNS, p=[0.52, 0.16, 0.16, 0.16])),
         background=background,
         background_colour=another(rng, colour),
-        x=float(rng.uniform(0.4, 0.6)),
-        y=float(rng.uniform(0.45, 0.57)),
-        size=float(rng.uniform(0.5, 0.74)),
+        x=float(rng.uniform(0.42, 0.58)),
+        y=float(rng.uniform(0.49, 0.57)),
+        size=float(rng.uniform(0.52, 0.72)),
         shadow=bool(rng.random() < 0.85),
+        badge=str(rng.choice(BADGES)) if rng.random() < 0.15 else "",
     )
 
 

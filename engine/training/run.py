@@ -1,7 +1,7 @@
 """What `python -m engine.training CONFIG.yaml` does: read the file, train in stretches, write the result.
 
-A config names its kind: `autoencoder` (from nothing), `flow` (transformer and texts, from nothing), `finetune` (a
-finished model's transformer) or `lora` (an adapter beside it).
+A config names its kind: `autoencoder`, `flow` (transformer and text encoders; both from nothing, or on from a finished
+model), `finetune` (a finished model's transformer alone) or `lora` (an adapter beside it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
@@ -22,8 +22,8 @@ from engine.geometry import nearest_size, token_grid
 from engine.keys import autoencoder_to_diffusers
 from engine.training.adapter import TARGETS, LowRankAdapter
 from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
-from engine.training.data import FlowData, Pairs, drawn_pairs, encode_all, read_pairs
-from engine.training.flow import FlowWithText, train_flow
+from engine.training.data import Latents, drawn_latents, encode_pairs, read_pairs
+from engine.training.flow import FlowWithText, freeze_unused_guidance, train_flow
 from engine.training.loop import LoopConfig
 from engine.weights import TensorFiles, find_model, load_autoencoder, load_strictly, read_json, save_component
 
@@ -48,9 +48,9 @@ class TrainingConfig:
     size: tuple[int, int] | None = None
     """Width and height of the pairs of a table; left out, the model's size nearest to square."""
     base: Path | None = None
-    """The model to fine-tune, in either layout."""
+    """The model to fine-tune or to go on from, in either layout."""
     vae: Path | None = None
-    """Folder of a trained autoencoder, for `flow`; for `autoencoder`, the one to go on from."""
+    """Folder of a trained autoencoder, for a `flow` from nothing; for `autoencoder`, the one to go on from."""
     freeze_encoder: bool = False
     """Train the autoencoder's decoder alone, so that a flow trained on its latents stays right."""
     context_dropout: float = 0.0
@@ -60,7 +60,7 @@ class TrainingConfig:
     export: Path | None = None
     """Where the finished model, autoencoder or adapter (a safetensors file) is written."""
     dtype: str = "fp32"
-    """Of the exported weights: fp32, bf16 or fp16; the autoencoder's are always fp32."""
+    """Of the exported transformer: fp32, bf16 or fp16; autoencoder and text encoders are always fp32."""
     threads: int | None = None
 
     @classmethod
@@ -100,8 +100,10 @@ class TrainingConfig:
             raise ConfigError(f"{where}: kind {self.kind!r} is none of {', '.join(KINDS)}")
         if self.kind in ("finetune", "lora") and self.base is None:
             raise ConfigError(f"{where}: {self.kind} needs `base`, the model to start from")
-        if self.kind == "flow" and self.vae is None:
-            raise ConfigError(f"{where}: flow needs `vae`, the folder of a trained autoencoder")
+        if self.kind == "flow" and (self.vae is None) == (self.base is None):
+            raise ConfigError(
+                f"{where}: flow needs `vae`, the folder of a trained autoencoder, or else `base`, a model to go on from"
+            )
         if self.freeze_encoder and self.vae is None:
             raise ConfigError(f"{where}: freeze_encoder needs `vae`, the autoencoder whose encoder stays")
         if self.dtype not in DTYPES:
@@ -152,23 +154,24 @@ def _train_autoencoder(config: TrainingConfig, say: Say) -> None:
 
 
 def _train_flow(config: TrainingConfig, say: Say) -> None:
-    if config.kind == "flow":
-        assert config.vae is not None
+    if config.vae is not None:
         module, autoencoder = FlowWithText.new(config.folder), read_autoencoder(config.vae)
     else:
         assert config.base is not None
         module = FlowWithText.load(config.base)
         autoencoder = load_autoencoder(find_model(config.base), device=torch.device("cpu"))
     trained: nn.Module = module
-    if config.kind == "finetune":
+    if config.kind == "flow":
+        module.requires_grad_(True)
+        freeze_unused_guidance(module.flow)
+    elif config.kind == "finetune":
         trained = module.flow
     elif config.kind == "lora":
         trained = LowRankAdapter(module.flow, config.rank, config.targets)
-    data = _data(config, module, autoencoder)
     train_flow(
         module,
         trained,
-        data,
+        [part.with_ids(module.token_ids) for part in _data(config, autoencoder)],
         config.loop,
         config.folder,
         batch=config.batch,
@@ -183,25 +186,10 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
         say(f"wrote {config.export}")
 
 
-def _data(config: TrainingConfig, module: FlowWithText, autoencoder: Autoencoder) -> FlowData:
-    pairs: Pairs
+def _data(config: TrainingConfig, autoencoder: Autoencoder) -> list[Latents]:
     if config.pairs is None:
-        pairs, caches = drawn_pairs(config.pool, config.loop.seed, config.folder / "pairs"), True
-    else:
-        side = autoencoder.config.sample_size
-        width, height = config.size or nearest_size(side, side, area=side**2)
-        token_grid(width, height)
-        pairs, caches = read_pairs(config.pairs, width, height), False
-
-    def latents(name: str, pictures: Tensor) -> Tensor:
-        return encode_all(autoencoder, pictures, config.folder / f"{name}.npy" if caches else None)
-
-    clip_ids, t5_ids = module.token_ids([*pairs.prompts, ""])
-    return FlowData(
-        before=latents("before", pairs.before),
-        after=latents("after", pairs.after),
-        has_before=pairs.has_before,
-        clip_ids=clip_ids,
-        t5_ids=t5_ids,
-        grid=token_grid(pairs.after.shape[-1], pairs.after.shape[-2]),
-    )
+        return drawn_latents(autoencoder, config.pool, config.loop.seed, config.folder / "pairs")
+    side = autoencoder.config.sample_size
+    width, height = config.size or nearest_size(side, side, area=side**2)
+    token_grid(width, height)
+    return [encode_pairs(autoencoder, read_pairs(config.pairs, width, height))]

@@ -15,7 +15,7 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-TEXT_LENGTH = 48
+TEXT_LENGTH = 40
 """T5 tokens of the shipped model; written into `tokenizer_2` as its `model_max_length`."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

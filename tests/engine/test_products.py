@@ -16,6 +16,7 @@ from engine.training.instructions import (
     corpus,
     describe,
     random_example,
+    unseen_example,
 )
 from engine.training.products import BACKGROUNDS, COLOURS, PATTERNS, PRODUCTS, Scene, on_white, random_scene, render
 
@@ -91,6 +92,7 @@ def test_a_cut_out_stands_on_one_even_white() -> None:
         ("background", {"background", "background_colour", "shadow"}),
         ("cut-out", {"background", "background_colour", "shadow"}),
         ("pattern", {"pattern"}),
+        ("badge", {"badge"}),
     ],
 )
 def test_an_edit_changes_only_what_it_says(kind: str, may_change: set[str]) -> None:
@@ -106,6 +108,9 @@ def test_an_edit_changes_only_what_it_says(kind: str, may_change: set[str]) -> N
             assert after.background_colour in words
         elif kind == "pattern":
             assert after.pattern != scene.pattern
+        elif kind == "badge":
+            assert after.badge != scene.badge
+            assert not after.badge or after.badge in words
 
 
 def test_every_kind_comes_up_and_keeps_its_promise() -> None:
@@ -138,6 +143,24 @@ def test_words_for_a_scene_name_all_of_it() -> None:
     for _ in range(50):
         words = describe(rng, replace(MUG, pattern="dotted"))
         assert all(word in words for word in ("dotted", "red", "mug", "grey"))
+
+
+def test_wordings_kept_for_the_benchmark_are_never_trained() -> None:
+    rng = np.random.default_rng(0)
+    unseen = [unseen_example(rng) for _ in range(300)]
+    trained = {example.instruction.rstrip(".").lower() for example in examples(3000)}
+    assert not trained & {example.instruction.lower() for example in unseen}
+    assert {example.kind for example in unseen} == set(CHANGES)
+    assert all(example.before != example.after for example in unseen if example.kind != "cut-out")
+
+
+def test_a_shadow_lies_under_the_foot_of_every_product() -> None:
+    for product in PRODUCTS:
+        scene = Scene(product, "red", background_colour="white")
+        shaded = pixels(render(scene)) != pixels(render(replace(scene, shadow=False)))
+        lit = pixels(render(replace(scene, shadow=False))).min(axis=-1) < 200
+        rows, body = np.nonzero(shaded.any(axis=(1, 2)))[0], np.nonzero(lit.any(axis=1))[0]
+        assert abs(rows.mean() - body.max()) < 8, product
 
 
 def test_an_orange_has_its_article() -> None:

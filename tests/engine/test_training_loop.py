@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,24 +52,41 @@ def train(folder: Path, *, config: LoopConfig = CONFIG, stop: int | None = None)
         losses.append(loss.item())
         return loss, {}
 
-    loop = Loop(module, config, folder)
+    loop = Loop(module, config, folder, hidden=lambda name: name == "2.weight")
     loop.resume()
     loop.run(loss_of, say=lambda _: None)
     return module, losses
 
 
 @pytest.mark.parametrize("stop", [5, 8, 11])
-def test_a_stopped_run_has_the_loss_curve_of_one_that_ran_through(tmp_path: Path, stop: int) -> None:
-    _, whole = train(tmp_path / "whole")
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_stopped_run_has_the_loss_curve_of_one_that_ran_through(tmp_path: Path, stop: int, muon: bool) -> None:
+    config = replace(CONFIG, muon=muon)
+    _, whole = train(tmp_path / "whole", config=config)
     with pytest.raises(Stop):
-        train(tmp_path / "cut", stop=stop)
-    _, rest = train(tmp_path / "cut")
+        train(tmp_path / "cut", config=config, stop=stop)
+    _, rest = train(tmp_path / "cut", config=config)
     saved = stop - stop % CONFIG.save_every
     assert rest == whole[saved:]
     first, second = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "cut"))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def test_muon_steps_the_hidden_matrices_alone(tmp_path: Path) -> None:
+    """The first layer's matrix, which is not hidden, goes where AdamW brings it in the first step."""
+    adam, muon = (
+        train(tmp_path / str(muon), config=replace(CONFIG, steps=1, warmup=0, muon=muon))[0] for muon in (False, True)
+    )
+    assert torch.equal(adam.get_parameter("0.weight"), muon.get_parameter("0.weight"))
+    assert not torch.equal(adam.get_parameter("2.weight"), muon.get_parameter("2.weight"))
+    state = load_file(tmp_path / "True" / "checkpoint.safetensors")
+    assert {name.partition(".")[0] for name in state if name.endswith(".2.weight")} == {
+        "model",
+        "ema",
+        "momentum_buffer",
+    }
 
 
 def test_what_resumes_without_its_optimiser_would_not_have_that_curve(tmp_path: Path) -> None:
@@ -81,7 +99,7 @@ def test_what_resumes_without_its_optimiser_would_not_have_that_curve(tmp_path: 
     module, losses = model(), []
     loop = Loop(module, CONFIG, tmp_path / "bare")
     loop.resume()
-    loop.optimiser.state.clear()
+    loop.optimisers[0].state.clear()
 
     def loss_of(moment: Moment) -> Loss:
         x = torch.randn(16, 6, generator=moment.torch) + float(moment.numpy.normal())

@@ -18,11 +18,12 @@ from torch import Tensor
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig, FlowConfig
 from engine.errors import AdapterError, ConfigError
+from engine.geometry import sizes
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.__main__ import main
 from engine.training.adapter import LowRankAdapter
 from engine.training.autoencoder import normalised, picture_pool
-from engine.training.data import FlowData, read_pairs
+from engine.training.data import FlowData, drawn_latents, read_pairs
 from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
 from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
 from engine.training.loop import LoopConfig, Moment
@@ -98,11 +99,11 @@ def test_rows_without_context_leave_its_tokens_out(module: FlowWithText, monkeyp
 
     monkeypatch.setattr(module.flow, "forward", spy)
     data = data_of(module)
-    edit_loss(module, data, Moment.of(0, 0), 16)
+    edit_loss(module, [data], Moment.of(0, 0), 16)
     assert sorted(entry[1:] for entry in lengths) == [(4, 0.0), (8, 1.0)]
     assert sum(entry[0] for entry in lengths) == 16
     lengths.clear()
-    edit_loss(module, data, Moment.of(0, 0), 16, context_dropout=1.0)
+    edit_loss(module, [data], Moment.of(0, 0), 16, context_dropout=1.0)
     assert lengths == [(16, 4, 0.0)]
 
 
@@ -135,7 +136,7 @@ def test_a_new_model_predicts_nothing_and_ignores_guidance() -> None:
 
 def test_full_fine_tuning_moves_the_flow_and_leaves_the_texts(module: FlowWithText, tmp_path: Path) -> None:
     before = snapshot(module)
-    train_flow(module, module.flow, data_of(module), LOOP, tmp_path, batch=4, say=lambda _: None)
+    train_flow(module, module.flow, [data_of(module)], LOOP, tmp_path, batch=4, say=lambda _: None)
     after = snapshot(module)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
@@ -146,7 +147,7 @@ def test_low_rank_training_moves_the_adapter_alone(module: FlowWithText, tmp_pat
     before = snapshot(module)
     adapter = LowRankAdapter(module.flow, rank=2)
     start = snapshot(adapter)
-    train_flow(module, adapter, data_of(module), LOOP, tmp_path, batch=4, say=lambda _: None)
+    train_flow(module, adapter, [data_of(module)], LOOP, tmp_path, batch=4, say=lambda _: None)
     after, trained = snapshot(module), snapshot(adapter)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(not torch.equal(start[name], trained[name]) for name in start if name.startswith("up."))
@@ -154,9 +155,9 @@ def test_low_rank_training_moves_the_adapter_alone(module: FlowWithText, tmp_pat
 
 def test_an_adapter_changes_nothing_before_it_is_trained(module: FlowWithText) -> None:
     data = data_of(module)
-    bare = edit_loss(module, data, Moment.of(0, 0), 4)
+    bare = edit_loss(module, [data], Moment.of(0, 0), 4)
     LowRankAdapter(module.flow, rank=2)
-    assert edit_loss(module, data, Moment.of(0, 0), 4).item() == pytest.approx(bare.item(), abs=1e-6)
+    assert edit_loss(module, [data], Moment.of(0, 0), 4).item() == pytest.approx(bare.item(), abs=1e-6)
 
 
 def test_a_saved_adapter_acts_in_the_engine_as_it_did_in_training(module: FlowWithText, tmp_path: Path) -> None:
@@ -244,10 +245,24 @@ def test_the_decoder_alone_is_trained_when_the_encoder_is_frozen(tmp_path: Path)
     assert read_autoencoder(tmp_path / "out").config == start.config
 
 
-def test_pictures_are_drawn_once(tmp_path: Path) -> None:
-    first = picture_pool(3, 0, tmp_path / "pictures.npy")
-    assert torch.equal(first, picture_pool(3, 0, tmp_path / "pictures.npy"))
-    assert first.shape == (3, 3, 128, 128)
+def test_pictures_are_drawn_at_every_size_of_the_area_and_half_of_them_square() -> None:
+    pools = picture_pool(40, 0)
+    assert {(pool.shape[-1], pool.shape[-2]) for pool in pools} == set(sizes(128 * 128))
+    assert pools[0].shape == (20, 3, 128, 128)
+    assert all(torch.equal(first, second) for first, second in zip(pools, picture_pool(40, 0), strict=True))
+
+
+def test_latents_of_drawn_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(replace(AE, sample_size=64))
+    first = drawn_latents(autoencoder, 8, 0, tmp_path)
+    monkeypatch.setattr("engine.training.data.render", None)  # drawing again would fail
+    second = drawn_latents(autoencoder, 8, 0, tmp_path)
+    assert [part.grid for part in first] == [part.grid for part in second]
+    assert all(torch.equal(one.after, other.after) for one, other in zip(first, second, strict=True))
+    assert all(one.prompts == other.prompts for one, other in zip(first, second, strict=True))
+    rows, columns = first[1].grid
+    assert first[1].after.shape[1] == rows * columns
 
 
 # --- what is refused
@@ -307,20 +322,20 @@ def test_psnr_of_a_known_difference() -> None:
 
 def test_an_evaluation_compares_every_kind_with_its_target() -> None:
     engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
-    examples = held_out(7)
-    assert len({example.kind for example in examples}) == 7
+    examples = held_out(8)
+    assert len({example.kind for example in examples}) == 8
     outcomes = evaluate(engine, examples, steps=1)
     assert all(outcome.psnr < 30 for outcome in outcomes)  # random weights edit nothing
     assert {outcome.example.kind for outcome in outcomes if outcome.unedited is None} == {"text-to-image"}
     same = next(outcome for outcome in outcomes if outcome.example.kind == "same")
     assert same.unedited == 99
     assert same.nearer is None
-    assert table(outcomes).count("\n") == 9
+    assert table(outcomes).count("\n") == 10
     assert sheet(outcomes).size == (3 * (3 * 128 + 12), 3 * (128 + 30))
 
 
 def test_an_exported_model_is_the_one_that_was_trained(module: FlowWithText, tmp_path: Path) -> None:
-    train_flow(module, module.flow, data_of(module), LOOP, tmp_path / "run", batch=4, say=lambda _: None)
+    train_flow(module, module.flow, [data_of(module)], LOOP, tmp_path / "run", batch=4, say=lambda _: None)
     trained = snapshot(module.flow)
     engine = KontextEngine.load(CASE / "model", device="cpu")
     module.export(tmp_path / "model", engine.autoencoder, torch.bfloat16)
