@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from engine.latents import image_to_tensor, tensor_to_image
 from engine.pipeline import EditRequest, KontextEngine
@@ -63,16 +63,26 @@ def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Example]:
     return [found[kind][index] for index in range(each) for kind in KINDS][:count]
 
 
-def evaluate(engine: KontextEngine, examples: Sequence[Example], *, steps: int) -> list[Outcome]:
-    """Run every edit with a seed of its own and compare."""
-    sources = [None if example.before is None else render(example.before) for example in examples]
+def evaluate(
+    engine: KontextEngine,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    sizes: Sequence[tuple[int, int]] = ((128, 128),),
+) -> list[Outcome]:
+    """Run every edit with a seed of its own and compare; `sizes` (width, height) are taken in turn."""
+    sized = [sizes[index % len(sizes)] for index in range(len(examples))]
+    sources = [
+        None if example.before is None else render(example.before, *size)
+        for example, size in zip(examples, sized, strict=True)
+    ]
     requests = [
-        EditRequest(example.instruction, image=source, width=128, height=128, steps=steps, seed=index)
-        for index, (example, source) in enumerate(zip(examples, sources, strict=True))
+        EditRequest(example.instruction, image=source, width=size[0], height=size[1], steps=steps, seed=index)
+        for index, (example, source, size) in enumerate(zip(examples, sources, sized, strict=True))
     ]
     outcomes = []
-    for example, source, result in zip(examples, sources, engine.edit(requests), strict=True):
-        target = render(example.after)
+    for example, source, size, result in zip(examples, sources, sized, engine.edit(requests), strict=True):
+        target = render(example.after, *size)
         outcomes.append(
             Outcome(
                 example=example,
@@ -126,7 +136,7 @@ def sheet(outcomes: Sequence[Outcome], columns: int = 3) -> Image.Image:
         left, top = index % columns * width, index // columns * height
         for place, picture in enumerate((outcome.source, outcome.edited, outcome.target)):
             if picture is not None:
-                out.paste(picture, (left + place * CELL, top))
+                out.paste(ImageOps.pad(picture, (CELL, CELL), color="white"), (left + place * CELL, top))
         words = outcome.example.instruction
         cut = words.rfind(" ", 0, 62) if len(words) > 62 else len(words)
         pen.text((left + 2, top + CELL + 1), f"{words[:cut]}\n{words[cut:].strip()[:62]}", fill="black", font_size=11)
