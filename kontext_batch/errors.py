@@ -54,11 +54,15 @@ class AuthorError(KontextBatchError, ValueError):
 
 
 class RecipeError(AuthorError):
-    """All problems found in a recipe, its imports and its tables, in the order of the files."""
+    """All problems found in a recipe, its imports and its tables, in the order of the files.
+
+    Those of one place stay as they were found: "and 3 more" comes after what it counts.
+    """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "a RecipeError names at least one problem"
-        self.problems = tuple(sorted(set(problems)))
+        distinct = dict.fromkeys(problems)
+        self.problems = tuple(sorted(distinct, key=lambda each: (each.file, each.line, each.column, each.path)))
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

@@ -289,9 +289,9 @@ class _Check:
         ordered = tuple(each for each in scope.steps if each in fans)
         if isinstance(step, ContactSheetStep):
             axes = self.on(step.on, at)
-            for use_axis in own - axes:
+            for use_axis in sorted(own - axes):
                 self.tell((*at, "on"), f"the sheet's own fields name '{use_axis}', which is not in `on`")
-            for axis in axes - cells - own:
+            for axis in sorted(axes - cells - own):
                 self.tell((*at, "on"), f"none of the pictures follows '{axis}'")
             return StepScope(name, scope.in_order(axes), parents, ())
         axes = own | cells

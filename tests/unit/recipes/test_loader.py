@@ -287,7 +287,7 @@ FAULTS = {
     "another version": ([("version: 1", "version: 2")], ["small.yaml:1:10 version: 2 is not possible here (one of 1)"]),
     "a part that is missing": (
         [("version: 1\nname: small\n", "")],
-        ["small.yaml:1:1: 'name' is missing", "small.yaml:1:1: 'version' is missing"],
+        ["small.yaml:1:1: 'version' is missing", "small.yaml:1:1: 'name' is missing"],
     ),
 }
 
