@@ -65,7 +65,12 @@ class Delivering:
 
     def deliver(self, wants: Sequence[Want], making: Making) -> None:
         """Expand the path of each want whose picture could be made."""
-        sources = {each.source.uri for step in making.steps.values() for each in step.inputs if each.source is not None}
+        sources = {
+            uris.one_file(each.source.uri)
+            for step in making.steps.values()
+            for each in step.inputs
+            if each.source is not None
+        }
         texts = [
             self.nodes.texts.compile(output.to, ("outputs", index, "to"))
             for index, output in enumerate(self.recipe.document.outputs)
@@ -81,7 +86,8 @@ class Delivering:
                 self._deliver(want, one, texts[want.output], origins[want.output], sources)
         for index, count in self._collisions.items():
             if count > SHOWN_COLLISIONS:
-                more = f"and {count - SHOWN_COLLISIONS} more outputs whose name is taken"
+                rest = count - SHOWN_COLLISIONS
+                more = f"and {rest} more output{'s' if rest > 1 else ''} whose name is taken"
                 self._tell(("outputs", index, "to"), more)
 
     def _deliver(self, want: Want, made: Made, text: Text, origin: Origin, sources: set[str]) -> None:
@@ -98,31 +104,39 @@ class Delivering:
             self._tell(text.path, f"{error}{_shown(want.point)}")
             return
         path = uris.literal(place) if place.startswith("s3:") else place
+        file = uris.one_file(path)
         if path.endswith("/"):
             self._tell(text.path, f"{path} is a folder; a file's name is wanted")
         elif not uris.allowed(path, self.allowed):
             places = ", ".join(self.allowed or ()) or "nothing"
             self._tell(text.path, f"{path} lies outside of what this recipe may write ({places})")
-        elif path in sources:
+        elif file in sources:
             self._tell(text.path, f"{path} is an input of this recipe: it would be overwritten")
-        elif path in self._taken:
-            self._collide(want, path, made)
+        elif file in self._taken:
+            self._collide(want, path, made, self._taken[file])
         else:
             output = self.recipe.document.outputs[want.output]
             delivery = PlannedDelivery(path, made.key, output.if_exists, made.instance, origin)
-            self._taken[path] = delivery
+            self._taken[file] = delivery
             self.deliveries.append(delivery)
 
-    def _collide(self, want: Want, path: str, made: Made) -> None:
+    def _collide(self, want: Want, path: str, made: Made, taken: PlannedDelivery) -> None:
         count = self._collisions[want.output] = self._collisions.get(want.output, 0) + 1
         if count > SHOWN_COLLISIONS:
             return
-        first, second = self._taken[path].instance, made.instance
+        first, second = taken.instance, made.instance
         apart = [axis for axis, key in second.axes if dict(first.axes).get(axis) != key]
         lacking = [axis for axis in apart if f"${{{axis}" not in self.recipe.document.outputs[want.output].to]
         hint = f"; the path lacks {', '.join(f'${{{axis}}}' for axis in lacking)}" if lacking else ""
         which = " and ".join(" ".join(key for _, key in each.axes) for each in (first, second))
-        self._tell(("outputs", want.output, "to"), f"two outputs have one name, {path} ({which}){hint}")
+        if path == taken.path:
+            message = f"two outputs have one name, {path} ({which}){hint}"
+        else:
+            message = (
+                f"two outputs have names that differ only in case, {taken.path} and {path} ({which}), which macOS and "
+                f"Windows keep as one file{hint or '; rename one'}"
+            )
+        self._tell(("outputs", want.output, "to"), message)
 
     def _tell(self, path: Path, message: str) -> None:
         self.problems.append(self.recipe.problem(path, message))

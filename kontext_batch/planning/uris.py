@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import quote, unquote
@@ -121,6 +122,17 @@ def allowed(uri: str, prefixes: Iterable[str] | None) -> bool:
     if prefixes is None:
         return True
     return any(uri.startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
+
+
+def one_file(uri: str) -> str:
+    """Equal for two URIs that may be one file.
+
+    macOS and Windows keep one file for `Mug.png` and `mug.png`, macOS one for both spellings of `é` in Unicode too. An
+    `s3:` key is what it is. No `casefold`: `ß` and `ss` are two letters to every file system.
+    """
+    if not uri.startswith("file:"):
+        return uri
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(uri)).lower())
 
 
 def is_pattern(uri: str) -> bool:

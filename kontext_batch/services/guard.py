@@ -21,9 +21,8 @@ def delivery_faults(
     `protected`: URIs that the plan was made from (recipe, imports, tables, pictures). `kept_prefixes`: beginnings of
     URIs that belong to the workspace itself.
     """
-    kept = frozenset(protected) | {
-        each.source.uri for step in plan.steps for each in step.inputs if each.source is not None
-    }
+    read = {each.source.uri for step in plan.steps for each in step.inputs if each.source is not None}
+    kept = frozenset(map(uris.one_file, read.union(protected)))
     faults: list[str] = []
     for delivery in plan.deliveries:
         path = delivery.path
@@ -32,7 +31,7 @@ def delivery_faults(
             faults.append(f"{path}: '.' and '..' may not stand in a path")
         elif not uris.allowed(path, writable):
             faults.append(f"{path} lies outside of what may be written ({', '.join(writable)})")
-        elif path in kept:
+        elif uris.one_file(path) in kept:
             faults.append(f"{path} is something that the recipe is made from: it would be overwritten")
         elif any(path.startswith(prefix) for prefix in kept_prefixes):
             faults.append(f"{path} belongs to the workspace: choose another name")

@@ -389,10 +389,45 @@ def test_rule_8_two_outputs_with_one_name() -> None:
     ]
 
 
+def test_rule_8_more_outputs_with_one_name_are_counted_after_those_that_are_told() -> None:
+    body = MATRIX.replace("out/${item}_${scene}_${channel}.png", "out/x.png")
+    *told, last = refused(body, table=TABLE, files=FILES)
+    place = "r.yaml:20:35 outputs[0].to:"
+    assert [each.partition(", s3:")[0] for each in told] == [f"{place} two outputs have one name"] * 3
+    assert last == f"{place} and 1 more output whose name is taken"
+
+
 def test_rule_8_two_values_with_one_slug() -> None:
     body = MATRIX.replace("out/${item}_", "out/${item.kind | slug}_")
     (problem, *_) = refused(body, table=TABLE.replace("bag", "SHOE"), files=FILES)
     assert "two outputs have one name" in problem
+
+
+CASES = """
+matrix: {name: [Mug, mug, Müg, MÜG]}
+steps: {made: {op: generate, model: kontext, prompt: "${name}"}}
+outputs: [{from: "${made}", to: "out/${name}.png"}]
+"""
+
+
+def test_rule_8_two_files_whose_names_differ_in_case_only() -> None:
+    alike = "r.yaml:8:33 outputs[0].to: two outputs have names that differ only in case"
+    assert refused(CASES, base="file:///shop/") == [
+        f"{alike}, file:///shop/out/Mug.png and file:///shop/out/mug.png (Mug and mug),"
+        " which macOS and Windows keep as one file; rename one",
+        f"{alike}, file:///shop/out/M%C3%BCg.png and file:///shop/out/M%C3%9CG.png (Müg and MÜG),"
+        " which macOS and Windows keep as one file; rename one",
+    ]
+    body = CASES.replace('to: "out/${name}.png', 'to: "${name.folder}/a.png').replace(
+        "[Mug, mug, Müg, MÜG]", "{one: {folder: Out}, two: {folder: out}}"
+    )
+    (problem,) = refused(body, base="file:///shop/")
+    assert "file:///shop/Out/a.png and file:///shop/out/a.png (one and two)" in problem
+
+
+def test_rule_8_keys_of_a_bucket_may_differ_in_case_only() -> None:
+    assert len(plan(CASES).deliveries) == 4
+    assert len(plan(CASES.replace("[Mug, mug, Müg, MÜG]", "[Straße, Strasse]"), base="file:///shop/").deliveries) == 2
 
 
 # ------------------------------------------------------------- 9: image is the canvas, references only condition

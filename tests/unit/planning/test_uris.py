@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kontext_batch.planning.uris import allowed, assign, expand, file_name, folders, is_pattern, literal, literal_prefix
+from kontext_batch.planning.uris import (
+    allowed,
+    assign,
+    expand,
+    file_name,
+    folders,
+    is_pattern,
+    literal,
+    literal_prefix,
+    one_file,
+)
 
 S3, FOLDER = "s3://bucket/recipes/", "file:///srv/my%20recipes/"
 
@@ -112,3 +122,9 @@ def test_prefixes_end_at_folders() -> None:
 def test_names_of_files_as_people_read_them() -> None:
     assert file_name("file:///a/b%20c.jpg") == "b c.jpg"
     assert file_name("s3://b/c%20d.jpg") == "c%20d.jpg"
+
+
+def test_uris_that_may_be_one_file() -> None:
+    assert one_file("file:///a/M%C3%9CG.png") == one_file("file:///A/mu%CC%88g.png"), "ü in one and in two characters"
+    assert one_file("file:///a/stra%C3%9Fe") != one_file("file:///a/strasse")
+    assert one_file("s3://a/Mug.png") != one_file("s3://a/mug.png")

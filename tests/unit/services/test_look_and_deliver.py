@@ -83,6 +83,7 @@ def test_a_lost_object_is_told_and_made_again_by_the_same_command(studio: Studio
     [
         ("shop.yaml", "made from"),
         ("photos/bag.png", "made from"),
+        ("Photos/BAG.png", "made from"),
         ("out/" + "n" * 300 + "${item}_${scene}.png", "at most 255 bytes"),
     ],
 )
