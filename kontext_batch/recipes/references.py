@@ -211,6 +211,12 @@ def _is_latin_accent(char: str) -> bool:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'scene'?`, or nothing when no known name is near."""
+    found = nearest_name(name, known)
+    return f"; did you mean '{found}'?" if found else ""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The known name that was meant, empty when none is near."""
     candidates = sorted(set(known))
     if len(candidates) > MAX_CANDIDATES:
         return ""
@@ -218,4 +224,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not found:
         lowered = {each.lower(): each for each in candidates}
         found = [lowered[name.lower()]] if name.lower() in lowered else []
-    return f"; did you mean '{found[0]}'?" if found else ""
+    return found[0] if found else ""

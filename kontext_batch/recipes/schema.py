@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from kontext_batch.recipes.cron import parse_cron
 from kontext_batch.recipes.fields import (
@@ -323,6 +324,10 @@ _OPERATIONS: dict[str, type[StepBase]] = {
 }
 
 
+UNKNOWN_OPERATION = "unknown_operation"
+"""pydantic's type of this fault: it is found in the step, and told at the value of `op`."""
+
+
 def _step_tag(data: Any) -> str:
     op = data.get("op") if isinstance(data, dict) else getattr(data, "op", None)
     return f"<{op}>" if isinstance(op, str) and op in _OPERATIONS else "<edit>"
@@ -333,9 +338,8 @@ def _known_operation(data: Any) -> Any:
         if "op" not in data:
             raise ValueError(f"'op' is missing; write one of {', '.join(_OPERATIONS)}")
         if not isinstance(data["op"], str) or data["op"] not in _OPERATIONS:
-            raise ValueError(
-                f"unknown operation '{data['op']}'{nearest(str(data['op']), _OPERATIONS)} ({', '.join(_OPERATIONS)})"
-            )
+            said = f"unknown operation '{data['op']}'{nearest(str(data['op']), _OPERATIONS)} ({', '.join(_OPERATIONS)})"
+            raise PydanticCustomError(UNKNOWN_OPERATION, "{said}", {"said": said})
     return data
 
 

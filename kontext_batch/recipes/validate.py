@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kontext_batch.errors import Problem
-from kontext_batch.recipes.references import nearest
-from kontext_batch.recipes.schema import Model
+from kontext_batch.recipes.references import nearest, nearest_name
+from kontext_batch.recipes.schema import UNKNOWN_OPERATION, Model
 from kontext_batch.recipes.source import Path, Source, WrittenFloat, WrittenInt
 
 M = TypeVar("M", bound=Model)
@@ -70,12 +70,19 @@ def _try(model: type[M], source: Source, data: Any) -> tuple[M | None, list[Prob
     try:
         return model.model_validate(data, context=keys), [], []
     except ValidationError as error:
-        problems: list[Problem] = []
-        faulty: list[Path] = []
-        for fault in error.errors(include_url=False):
-            path, rest = _data_path(data, fault["loc"])
-            problems.append(_tell(source, path, rest, fault, keys))
-            faulty.append(path if path else tuple(rest[:1]))
+        faults = [(*_data_path(data, fault["loc"]), fault) for fault in error.errors(include_url=False)]
+        faulty = [path if path else tuple(rest[:1]) for path, rest, _ in faults]
+        # A key that is missing because it is misspelt is told once, where it is misspelt.
+        misspelt = {
+            (path[:-1], nearest_name(str(path[-1]), keys.get(id(_at(data, path[:-1])), ())))
+            for path, _, fault in faults
+            if fault["type"] == "extra_forbidden"
+        }
+        problems = [
+            _tell(source, path, rest, fault, keys)
+            for path, rest, fault in faults
+            if fault["type"] != "missing" or (path, _missing(rest, fault)) not in misspelt
+        ]
         return None, problems, faulty
 
 
@@ -115,14 +122,20 @@ def _tell(
         hint = nearest(str(path[-1]), known) or (f" (known: {', '.join(known)})" if known else "")
         return source.problem(path, f"unknown key '{path[-1]}'{hint}", key=True)
     if kind == "missing":
-        # A union's model may stand above: the missing key is the last name that the data lacks.
-        missing = rest[-1] if rest else fault["loc"][-1]
-        return source.problem(path, f"'{missing}' is missing", key=True)
+        return source.problem(path, f"'{_missing(rest, fault)}' is missing", key=True)
+    if kind == UNKNOWN_OPERATION:
+        path, value = (*path, "op"), value["op"]
     if value is None and path in source.lost:
         return source.problem(path, LOST)
     # A mapping begins in the line after its key; it is the key that one looks for.
     key = "[key]" in fault["loc"] or isinstance(value, dict)
     return source.problem(path, told_value(fault), key=key)
+
+
+def _missing(rest: tuple[str | int, ...], fault: Mapping[str, Any]) -> str | int:
+    """The key that is missing. A union's model may stand above: it is the last name that the data lacks."""
+    missing: str | int = rest[-1] if rest else fault["loc"][-1]
+    return missing
 
 
 def told_value(fault: Mapping[str, Any]) -> str:
@@ -218,4 +231,5 @@ _MESSAGES: Mapping[str, Any] = {
     "string_too_long": lambda _v, context, _f: f"text of at most {context['max_length']} characters is possible here",
     "string_pattern_mismatch": lambda value, context, _f: f"{_shown(value)} is not of the form {context['pattern']}",
     "value_error": _value_error,
+    UNKNOWN_OPERATION: lambda _v, context, _f: context["said"],
 }

@@ -37,8 +37,22 @@ FAULTS = {
     "unknown key": (
         [("prompt: Put it", "promt: Put it")],
         [
-            "small.yaml:26:3 steps.staged: 'prompt' is missing",
             "small.yaml:30:5 steps.staged.promt: unknown key 'promt'; did you mean 'prompt'?",
+        ],
+    ),
+    "two slips and a key that is missing": (
+        [
+            ("outputs:", "output:"),
+            ("op: edit\n    image: ${clean}", "op: edit\n    imag: ${clean}\n    zzz: red"),
+            ("    prompt: Put it on ${scene.place}.\n", ""),
+        ],
+        [
+            "small.yaml:26:3 steps.staged: 'prompt' is missing",
+            "small.yaml:28:5 steps.staged.imag: unknown key 'imag'; did you mean 'image'?",
+            "small.yaml:29:5 steps.staged.zzz: unknown key 'zzz' (known: model, steps, guidance, negative_prompt,"
+            " true_cfg_scale, adapters, reference_layout, fit, background, handoff, if, on, prompt, frame, seed,"
+            " candidates, pick, op, image, references)",
+            "small.yaml:35:1 output: unknown key 'output'; did you mean 'outputs'?",
         ],
     ),
     "unknown key with nothing near": (
@@ -153,9 +167,13 @@ FAULTS = {
     "unknown operation": (
         [("op: finish", "op: finsh")],
         [
-            "small.yaml:31:3 steps.finish: unknown operation 'finsh'; did you mean 'finish'?"
+            "small.yaml:32:9 steps.finish.op: unknown operation 'finsh'; did you mean 'finish'?"
             " (edit, generate, finish, contact_sheet)"
         ],
+    ),
+    "a lost operation": (
+        [("op: finish", "op: #finish")],
+        ["small.yaml:32:8 steps.finish.op: a value is missing: an unquoted '#' begins a comment; quote it ('#ff0000')"],
     ),
     "no operation": (
         [("    op: finish\n", "")],
@@ -306,7 +324,6 @@ def test_faults_of_all_parts_are_told_at_once() -> None:
         ("${vars.keep}", "${locale +}"),
     )
     assert [problem.split(": ", 1)[0] for problem in problems(text)] == [
-        "small.yaml:5:3 inputs.item",
         "small.yaml:7:5 inputs.item.kee",
         "small.yaml:25:13 steps.clean.prompt",
         "small.yaml:30:13 steps.staged.prompt",
