@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,6 +13,17 @@ from typing import Any
 TERMINAL_EVENTS = frozenset({"finished", "interrupted", "error"})
 """Exactly one of these ends the NDJSON of `run --json`; a failing command ends with `error`."""
 _last = ""
+
+
+def open_closed_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) silent ones.
+
+    Python sets those to None. What is opened next gets the number of the first one that is closed: were that the
+    database, a library that writes to standard output would write into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for good
 
 
 def has_ended() -> bool:

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from kontext_batch.ports import RunSummary, StepRow
 
 app = typer.Typer(name="runs", help="Runs of a workspace.", no_args_is_help=True, rich_markup_mode=None)
-RunArgument = Annotated[int, typer.Argument(metavar="RUN", help="Number of the run.", show_default=False)]
+# Text, so that what is no number is told in our words, with `--json` too.
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Number of the run.", show_default=False)]
 
 
 def status(
     run: Annotated[
-        int | None, typer.Argument(metavar="[RUN]", help="Left out, the newest.", show_default=False)
+        str | None, typer.Argument(metavar="[RUN]", help="Left out, the newest.", show_default=False)
     ] = None,
     workspace: common.WorkspaceOption = None,
     as_json: common.JsonOption = False,
@@ -29,10 +30,11 @@ def status(
 
     Example: kontext-batch status 12 --json
     """
-    from kontext_batch.services.questions import newest_run
+    from kontext_batch.services.questions import newest_run, run_number
 
+    asked = None if run is None else run_number(run)
     with common.opened(workspace) as application:
-        summary = newest_run(application.repository, run)
+        summary = newest_run(application.repository, asked)
     if as_json:
         output.say_json(summary)
         return
@@ -90,13 +92,15 @@ def show(
     Example: kontext-batch runs show 12 --state failed
     """
     from kontext_batch.planning.states import StepState
+    from kontext_batch.services.questions import run_number
 
     if state is not None and state not in list(StepState):
         raise typer.BadParameter(f"'{state}' is none of {', '.join(StepState)}", param_hint="--state")
     states = None if state is None else [StepState(state)]
+    number = run_number(run)
     with common.opened(workspace) as application:
-        summary = application.repository.run(run)
-        rows = application.repository.run_steps(run, states=states)
+        summary = application.repository.run(number)
+        rows = application.repository.run_steps(number, states=states)
     if as_json:
         output.say_json({"run": summary, "steps": rows})
         return
@@ -128,8 +132,9 @@ def retry(
         raise typer.BadParameter("a failed step needs no new take: --failed alone", param_hint="--take")
     from kontext_batch.services import questions
 
+    number = questions.run_number(run)
     with common.opened(workspace) as application:
-        summary = application.repository.run(run)
+        summary = application.repository.run(number)
     with common.opened(workspace, source=summary.source) as application:
         paths: list[str] = []
         if take:
@@ -139,12 +144,12 @@ def retry(
             takes = questions.next_takes(application.repository, common.prepared(application, at, chosen), step)
             ready = common.prepared(application, at, chosen, takes=takes)
             paths = [each.path for each in ready.plan.deliveries]
-            run = submitted(application, ready, priority=summary.priority, as_json=as_json)
+            number = submitted(application, ready, priority=summary.priority, as_json=as_json)
         else:
-            keys = None if failed else questions.chosen_keys(application.repository, run, chosen.only, step)
-            count = application.repository.retry_run(run, keys=keys)
-            output.tell(f"{count} steps of run {run} are made again")
-        code = work(application, run, paths, as_json=as_json)
+            keys = None if failed else questions.chosen_keys(application.repository, number, chosen.only, step)
+            count = application.repository.retry_run(number, keys=keys)
+            output.tell(f"{count} steps of run {number} are made again")
+        code = work(application, number, paths, as_json=as_json)
     raise typer.Exit(code)
 
 
@@ -154,12 +159,15 @@ def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
 
     Example: kontext-batch runs cancel 12
     """
+    from kontext_batch.services.questions import run_number
+
+    number = run_number(run)
     with common.opened(workspace) as application:
-        summary = application.repository.run(run)
+        summary = application.repository.run(number)
         if summary.finished is not None:
-            raise ObjectNotFound(f"run {run} has ended already: {summary.state}")
-        count = application.repository.cancel_run(run)
-    output.say(f"run {run} is cancelled; {count} steps will not be computed")
+            raise ObjectNotFound(f"run {number} has ended already: {summary.state}")
+        count = application.repository.cancel_run(number)
+    output.say(f"run {number} is cancelled; {count} steps will not be computed")
 
 
 def step_table(rows: Sequence[StepRow]) -> None:

@@ -74,13 +74,12 @@ def explain(
     Example: kontext-batch explain run:12
     """
     from kontext_batch.planning.states import UNSUCCESSFUL
-    from kontext_batch.services.questions import why
+    from kontext_batch.services.questions import run_number, why
 
     with common.opened(workspace) as application:
         repository = application.repository
-        run = what.removeprefix("run:") if what.startswith("run:") else ""
-        if run.isascii() and run.isdigit():
-            summary = repository.run(int(run))
+        if what.startswith("run:"):
+            summary = repository.run(run_number(what.removeprefix("run:")))
             rows = repository.run_steps(summary.id, states=UNSUCCESSFUL)
             if not as_json:
                 output.say(f"run {summary.id} {summary.state}; {len(rows)} steps did not succeed")
@@ -120,7 +119,7 @@ def meant(repository: Repository, text: str) -> Sequence[StepRow]:
     from kontext_batch.storage.uris import file_uri
 
     path = Path(text)
-    if path.is_file():
+    if _is_file(path):
         found = repository.find_steps(sha256_hex(path.read_bytes()))
         if found:
             return found
@@ -131,6 +130,13 @@ def meant(repository: Repository, text: str) -> Sequence[StepRow]:
                 f"{text}: this picture was not made in this workspace, or was changed since"
             ) from error
     return found_steps(repository, text)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _headline(row: StepRow) -> str:

@@ -14,6 +14,26 @@ from kontext_batch.services.prepare import InstanceId, Prepared, earlier_takes
 
 HISTORY = 50
 """Runs that are looked through for how a step was before."""
+LARGEST_NUMBER = 2**63 - 1
+"""Of a run or step: a database refuses larger ones with an error instead of finding nothing."""
+
+LONGEST_NAME = 10_000
+"""Of what steps are looked for by: longer than any path, and short enough for a pattern of SQLite."""
+
+
+def number(text: str) -> int | None:
+    """The number that `text` is; None when it can be none of a run or step."""
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(LARGEST_NUMBER)):
+        return None
+    return int(text) if int(text) <= LARGEST_NUMBER else None
+
+
+def run_number(text: str) -> int:
+    """The number of a run, as one types it. Raises `ObjectNotFound`."""
+    found = number(text)
+    if found is None:
+        raise ObjectNotFound(f"there is no run '{text[:80]}': the number of a run is expected, as `runs list` shows it")
+    return found
 
 
 def unfinished_run(repository: Repository, prepared: Prepared) -> int | None:
@@ -45,11 +65,13 @@ def found_steps(repository: Repository, text: str, *, run_id: int | None = None)
     Raises `ObjectNotFound` when nothing is meant.
     """
     found: Sequence[StepRow] = ()
-    if text.isascii() and text.isdigit():
-        found = repository.steps_by_id([int(text)])
-    found = found or repository.find_steps(text, run_id=run_id)
+    step_id = number(text)
+    if step_id is not None:
+        found = repository.steps_by_id([step_id])
+    if not found and len(text) <= LONGEST_NAME:
+        found = repository.find_steps(text, run_id=run_id)
     if not found:
-        raise ObjectNotFound(f"no step is known as '{text}': give its number, key, name or the path of an output")
+        raise ObjectNotFound(f"no step is known as '{text[:80]}': give its number, key, name or the path of an output")
     return found
 
 
