@@ -129,7 +129,7 @@ class KontextEngine:
             config=files.config,
             transformer=load_transformer(files, device=chosen, dtype=kind),
             autoencoder=load_autoencoder(files, device=chosen),
-            text=TextEncoder(files, device=chosen, dtype=kind, text_length=text_length),
+            text=TextEncoder.load(files, device=chosen, dtype=kind, text_length=text_length),
             device=chosen,
         )
 

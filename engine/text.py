@@ -7,9 +7,10 @@ that length changes the result.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,27 +38,41 @@ class TextFeatures:
 class TextEncoder:
     """Both encoders and their tokenizers; encodes each distinct prompt once."""
 
-    def __init__(self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, text_length: int | None) -> None:
-        self.device = device
-        self._folders = {
-            "text_encoder": files.clip,
-            "text_encoder_2": files.t5,
-            "tokenizer": files.clip_tokenizer,
-            "tokenizer_2": files.t5_tokenizer,
-        }
-        self.clip_tokenizer = _tokenizer(CLIPTokenizer, files.clip_tokenizer)
-        self.t5_tokenizer = _tokenizer(T5Tokenizer, files.t5_tokenizer)
-        self.clip = _load(CLIPTextModel, files.clip, device=device, dtype=dtype)
+    def __init__(
+        self,
+        clip: CLIPTextModel,
+        t5: T5EncoderModel,
+        tokenizers: Mapping[str, Path],
+        *,
+        text_length: int | None = None,
+    ) -> None:
+        """From models, and the folders of their tokenizers by the names `tokenizer` and `tokenizer_2`."""
+        self.clip, self.t5, self._tokenizers = clip, t5, tokenizers
+        self.clip_tokenizer = _tokenizer(CLIPTokenizer, tokenizers["tokenizer"])
+        self.t5_tokenizer = _tokenizer(T5Tokenizer, tokenizers["tokenizer_2"])
+        self.text_length = default_text_length(self.t5_tokenizer.model_max_length, text_length)
+
+    @classmethod
+    def load(cls, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, text_length: int | None) -> Self:
+        """Both encoders of a model, strictly."""
+        clip = _load(CLIPTextModel, files.clip, device=device, dtype=dtype)
         # In fp16 T5's feed-forward overflows (transformers#5651).
-        t5_dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.t5 = _load(T5EncoderModel, files.t5, device=device, dtype=t5_dtype)
+        t5 = _load(T5EncoderModel, files.t5, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
         for folder, width, wanted in (
-            (files.clip, self.clip.config.hidden_size, files.config.flow.pooled_dim),
-            (files.t5, self.t5.config.d_model, files.config.flow.text_dim),
+            (files.clip, clip.config.hidden_size, files.config.flow.pooled_dim),
+            (files.t5, t5.config.d_model, files.config.flow.text_dim),
         ):
             if width != wanted:
                 raise WeightsError(f"{folder}: {width} wide, the transformer expects {wanted}; it is another model's")
-        self.text_length = default_text_length(self.t5_tokenizer.model_max_length, text_length)
+        tokenizers = {"tokenizer": files.clip_tokenizer, "tokenizer_2": files.t5_tokenizer}
+        return cls(clip, t5, tokenizers, text_length=text_length)
+
+    def token_ids(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """CLIP (count, 77) and T5 (count, text_length) ids, padded and cut."""
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip = self.clip_tokenizer(prompts, max_length=CLIP_LENGTH, **options)
+        t5 = self.t5_tokenizer(prompts, max_length=self.text_length, **options)
+        return clip.input_ids, t5.input_ids
 
     @torch.no_grad()
     def encode(self, prompt: str) -> TextFeatures:
@@ -65,16 +80,13 @@ class TextEncoder:
 
         One prompt a pass: the features then do not depend on what else is encoded.
         """
-        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        clip_ids = self.clip_tokenizer(prompt, max_length=CLIP_LENGTH, **options).input_ids
-        t5_ids = self.t5_tokenizer(prompt, max_length=self.text_length, **options).input_ids
-        return self.encode_ids(clip_ids, t5_ids)
+        return self.encode_ids(*self.token_ids(prompt))
 
     @torch.no_grad()
     def encode_ids(self, clip_ids: Tensor, t5_ids: Tensor) -> TextFeatures:
         """Features of token ids (1, 77) and (1, text_length)."""
-        pooled = self.clip(clip_ids.to(self.device)).pooler_output
-        t5 = self.t5(t5_ids.to(self.device)).last_hidden_state
+        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
+        t5 = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
         return TextFeatures(t5=t5[0], pooled=pooled[0])
 
     def count_tokens(self, prompt: str) -> int:
@@ -85,8 +97,8 @@ class TextEncoder:
         """Write the four text folders of a diffusers layout."""
         self.clip.save_pretrained(folder / "text_encoder")
         self.t5.save_pretrained(folder / "text_encoder_2")
-        for name in ("tokenizer", "tokenizer_2"):  # as they are: save_pretrained drops spiece.model
-            shutil.copytree(self._folders[name], folder / name, dirs_exist_ok=True)
+        for name, source in self._tokenizers.items():  # as they are: save_pretrained drops spiece.model
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
 
 
 def default_text_length(model_max_length: int, asked: int | None) -> int:

@@ -23,7 +23,7 @@ TINY = AutoencoderConfig(block_channels=(16, 32, 64, 64), res_blocks=1, groups=8
 """1.1 M parameters; scale and shift are set from the latents when it is trained."""
 KL_WEIGHT = 2e-7
 SQUARED_WEIGHT = 2.0
-CROP, CROPPED_SHARE = 64, 0.85
+CROP, CROPPED_SHARE = 64, 0.9
 """The first share of the steps sees random crops of this side, at a quarter of the cost; the rest whole pictures."""
 
 

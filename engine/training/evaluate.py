@@ -128,16 +128,21 @@ def _median(values: Sequence[float]) -> str:
 
 def sheet(outcomes: Sequence[Outcome], columns: int = 3) -> Image.Image:
     """Source, edit and target side by side, the instruction under them."""
-    rows = -(-len(outcomes) // columns)
+    return compare([((o.source, o.edited, o.target), o.example.instruction) for o in outcomes], columns)
+
+
+def compare(
+    rows: Sequence[tuple[tuple[Image.Image | None, Image.Image | None, Image.Image | None], str]], columns: int = 3
+) -> Image.Image:
+    """Three pictures side by side for each row, with words under them."""
     width, height = 3 * CELL + 12, CELL + LABEL
-    out = Image.new("RGB", (columns * width, rows * height), "white")
+    out = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     pen = ImageDraw.Draw(out)
-    for index, outcome in enumerate(outcomes):
+    for index, (pictures, words) in enumerate(rows):
         left, top = index % columns * width, index // columns * height
-        for place, picture in enumerate((outcome.source, outcome.edited, outcome.target)):
+        for place, picture in enumerate(pictures):
             if picture is not None:
                 out.paste(ImageOps.pad(picture, (CELL, CELL), color="white"), (left + place * CELL, top))
-        words = outcome.example.instruction
         cut = words.rfind(" ", 0, 62) if len(words) > 62 else len(words)
         pen.text((left + 2, top + CELL + 1), f"{words[:cut]}\n{words[cut:].strip()[:62]}", fill="black", font_size=11)
     return out

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from engine.autoencoder import Autoencoder
 from engine.config import FlowConfig
 from engine.latents import context_ids, grid_ids
-from engine.text import CLIP_LENGTH, TextEncoder
+from engine.text import TextEncoder
 from engine.training.data import FlowData
 from engine.training.instructions import corpus
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
@@ -38,24 +37,17 @@ PROMPT_DROPOUT = 0.05
 """Share of empty prompts, so that classifier-free guidance has something to lean away from."""
 GUIDANCE = 2.5
 """Any value, where the model is not guidance-distilled: see `start_like_dit`."""
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+CPU = torch.device("cpu")
 
 
 class FlowWithText(nn.Module):
-    """The transformer and both text encoders with their tokenizers, which lie in `folder`."""
+    """The transformer and both text encoders."""
 
-    def __init__(
-        self,
-        folder: Path,
-        flow: FlowTransformer,
-        texts: tuple[CLIPTextModel, T5EncoderModel],
-        tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
-    ) -> None:
+    def __init__(self, flow: FlowTransformer, text: TextEncoder) -> None:
         super().__init__()
-        self.folder = folder
         self.flow = flow
-        self.clip, self.t5 = texts
-        self.clip_tokenizer, self.t5_tokenizer = tokenizers
+        self.text = text
+        self.clip, self.t5 = text.clip, text.t5
 
     @classmethod
     def new(cls, folder: Path, config: FlowConfig = TINY) -> FlowWithText:
@@ -63,32 +55,24 @@ class FlowWithText(nn.Module):
 
         They are made once and then read from `folder`: made again, equally frequent pieces change places.
         """
-        if not (folder / "tokenizer_2" / "spiece.model").is_file():
-            make_clip_tokenizer(corpus(), folder / "tokenizer")
-            make_t5_tokenizer(corpus(), folder / "tokenizer_2")
-        clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+        folders = {name: folder / name for name in ("tokenizer", "tokenizer_2")}
+        if not (folders["tokenizer_2"] / "spiece.model").is_file():
+            make_clip_tokenizer(corpus(), folders["tokenizer"])
+            make_t5_tokenizer(corpus(), folders["tokenizer_2"])
+        clip_tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
+        t5_tokenizer = T5Tokenizer.from_pretrained(folders["tokenizer_2"], local_files_only=True)
         flow = FlowTransformer(config)
-        texts = make_clip(clip_tokenizer), make_t5(t5_tokenizer)
+        text = TextEncoder(make_clip(clip_tokenizer), make_t5(t5_tokenizer), folders)
         start_like_dit(flow)
-        return cls(folder, flow, texts, (clip_tokenizer, t5_tokenizer))
+        return cls(flow, text)
 
     @classmethod
-    def load(cls, folder: Path) -> FlowWithText:
+    def load(cls, folder: Path, device: torch.device = CPU) -> FlowWithText:
         """A finished model to go on from; its text encoders stay as they are, as the paper's do."""
-        files, cpu = find_model(folder), torch.device("cpu")
-        flow = load_transformer(files, device=cpu, dtype=torch.float32).requires_grad_(True)
+        files = find_model(folder)
+        flow = load_transformer(files, device=device, dtype=torch.float32).requires_grad_(True)
         freeze_unused_guidance(flow)
-        text = TextEncoder(files, device=cpu, dtype=torch.float32, text_length=None)
-        text.t5_tokenizer.model_max_length = text.text_length
-        return cls(folder, flow, (text.clip, text.t5), (text.clip_tokenizer, text.t5_tokenizer))
-
-    def token_ids(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """CLIP (count, 77) and T5 (count, text length) ids."""
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        clip = self.clip_tokenizer(prompts, max_length=CLIP_LENGTH, **options)
-        t5 = self.t5_tokenizer(prompts, max_length=self.t5_tokenizer.model_max_length, **options)
-        return clip.input_ids, t5.input_ids
+        return cls(flow, TextEncoder.load(files, device=device, dtype=torch.float32, text_length=None))
 
     def velocity(
         self,
@@ -102,20 +86,13 @@ class FlowWithText(nn.Module):
         positions = [grid_ids(*grid)] + ([] if context is None else context_ids([grid], "offset"))
         out: Tensor = self.flow(
             img=x if context is None else torch.cat([x, context], dim=1),
-            img_ids=torch.cat(positions).expand(x.shape[0], -1, -1),
+            img_ids=torch.cat(positions).to(x.device).expand(x.shape[0], -1, -1),
             txt=self.t5(ids[1]).last_hidden_state,
             pooled=self.clip(ids[0]).pooler_output,
             t=t,
             guidance=torch.full_like(t, GUIDANCE) if self.flow.config.guidance_embed else None,
         )
         return out[:, : x.shape[1]]
-
-    def save_texts(self, folder: Path) -> None:
-        """Write the four text folders of a diffusers layout."""
-        self.clip.save_pretrained(folder / "text_encoder")
-        self.t5.save_pretrained(folder / "text_encoder_2")
-        for name in TOKENIZERS:  # as they are: save_pretrained drops spiece.model
-            shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
 
     def export(self, folder: Path, autoencoder: Autoencoder, dtype: torch.dtype) -> None:
         """Write a whole model in the diffusers layout, its transformer in `dtype`, the rest in fp32. Changes itself.
@@ -124,7 +101,7 @@ class FlowWithText(nn.Module):
         have: a folder whose small text encoders are fp32 loads there as it is.
         """
         self.flow.to(dtype)
-        save_model(folder, transformer=self.flow, autoencoder=autoencoder, save_texts=self.save_texts)
+        save_model(folder, transformer=self.flow, autoencoder=autoencoder, save_texts=self.text.save)
 
 
 def start_like_dit(flow: FlowTransformer) -> None:
@@ -155,26 +132,28 @@ def edit_loss(
     module: FlowWithText, parts: Sequence[FlowData], moment: Moment, batch: int, *, context_dropout: float = 0.0
 ) -> Tensor:
     """The objective over a random batch of one size. Rows without context, for text-to-image, leave its tokens out."""
+    device = next(module.parameters()).device
     counts = np.array([len(part.after) for part in parts])
     data = parts[moment.numpy.choice(len(parts), p=counts / counts.sum())]
     empty = len(data.after)
     chosen = torch.from_numpy(moment.numpy.integers(0, empty, batch))
     worded = torch.where(torch.from_numpy(moment.numpy.random(batch) < PROMPT_DROPOUT), empty, chosen)
     kept = torch.from_numpy(moment.numpy.random(batch) >= context_dropout) & data.has_before[chosen]
-    total = torch.zeros(())
+    total = torch.zeros((), device=device)
     for with_context in (True, False):  # their sequences differ in length
         rows = (kept == with_context).nonzero()[:, 0]
         if not len(rows):
             continue
-        context = data.before[chosen[rows]] if with_context else None
-        ids = (data.clip_ids[worded[rows]], data.t5_ids[worded[rows]])
+        context = data.before[chosen[rows]].to(device) if with_context else None
+        ids = (data.clip_ids[worded[rows]].to(device), data.t5_ids[worded[rows]].to(device))
 
         def velocity(
             x: Tensor, t: Tensor, context: Tensor | None = context, ids: tuple[Tensor, Tensor] = ids
         ) -> Tensor:
             return module.velocity(x, t, context, ids, data.grid)
 
-        total = total + flow_loss(velocity, data.after[chosen[rows]], moment.torch) * len(rows) / batch
+        loss = flow_loss(velocity, data.after[chosen[rows]].to(device), moment.torch)
+        total = total + loss * len(rows) / batch
     return total
 
 
@@ -188,10 +167,13 @@ def train_flow(
     batch: int = 32,
     context_dropout: float = 0.0,
     say: Callable[[str], None] = print,
+    preview: Callable[[int], None] | None = None,
+    preview_every: int = 0,
 ) -> None:
     """Train `trained` (the module itself, its flow, or an adapter on it), or go on training, in `folder`.
 
-    Ends with the averaged parameters in place.
+    `preview` is called every `preview_every` steps with the step, while the averaged parameters are in place; they are
+    at the end too.
     """
     loop = Loop(trained, config, folder, hidden=lambda name: "_blocks." in name)
     loop.resume()
@@ -200,6 +182,11 @@ def train_flow(
         figures: Mapping[str, float] = {}
         return edit_loss(module, parts, moment, batch, context_dropout=context_dropout), figures
 
-    loop.run(loss_of, say=say)
+    def on_step(step: int) -> None:
+        if preview is not None and preview_every and step % preview_every == 0:
+            with loop.averaged():
+                preview(step)
+
+    loop.run(loss_of, say=say, on_step=on_step)
     loop.use_average()
     module.eval()

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss = tuple[Tensor, Mapping[str, float]]
 
-ATTENTION = [SDPBackend.MATH]
-"""On a CPU its backward pass takes a third of the fused kernel's time at a few hundred tokens."""
+CPU_ATTENTION = SDPBackend.MATH
+"""Its backward pass takes a third of the fused kernel's time at a few hundred tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class LoopConfig:
     log_every: int = 25
     bf16: bool = False
     """Compute in bfloat16 where it is safe (autocast); parameters stay fp32."""
+    accumulate: int = 1
+    """Batches of a step: their gradients are averaged, at the memory of one."""
     muon: bool = False
     """Muon instead of AdamW for the weights of hidden layers (Jordan et al. 2024, scaled as in arXiv 2502.16982, so
     that both take the same learning rates)."""
@@ -54,15 +57,16 @@ class LoopConfig:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The generators of one step."""
+    """The generators of one batch. They are the CPU's whatever the device, so that a seed means the same everywhere."""
 
     step: int
     numpy: np.random.Generator
     torch: torch.Generator
 
     @classmethod
-    def of(cls, seed: int, step: int) -> Moment:
-        return cls(step, np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed * 1_000_003 + step))
+    def of(cls, seed: int, step: int, part: int = 0) -> Moment:
+        generator = np.random.default_rng((seed, step, part))
+        return cls(step, generator, torch.Generator().manual_seed(int(generator.integers(2**63))))
 
 
 class Loop:
@@ -120,13 +124,22 @@ class Loop:
             for name, parameter in self.parameters.items():
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(f"model.{name}"))
-                self.average[name] = file.get_tensor(f"ema.{name}").clone()
+                    self.average[name].copy_(file.get_tensor(f"ema.{name}"))
             for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
                 kind, _, name = key.partition(".")
                 if kind not in ("model", "ema"):
                     optimiser, parameter = self._stepped(name)
-                    optimiser.state[parameter][kind] = file.get_tensor(key).clone()
+                    value = file.get_tensor(key).clone()  # AdamW keeps its step count on the CPU
+                    optimiser.state[parameter][kind] = value if value.ndim == 0 else value.to(parameter.device)
+        self._forget_metrics_after(self.step)
         return True
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a killed run logged and this one makes again."""
+        path = self.folder / "metrics.csv"
+        if path.is_file():
+            first, *lines = path.read_text().splitlines(keepends=True)
+            path.write_text(first + "".join(line for line in lines if int(line.partition(",")[0]) <= step))
 
     def _stepped(self, name: str) -> tuple[torch.optim.Optimizer, nn.Parameter]:
         """The optimiser of a parameter, and the parameter as that optimiser knows it."""
@@ -161,9 +174,9 @@ class Loop:
         loss_of: Callable[[Moment], Loss],
         *,
         say: Callable[[str], None],
-        on_save: Callable[[int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Train to the configured number of steps. `loss_of` computes one step's loss and figures to log."""
+        """Train to the configured number of steps. `loss_of` computes one batch's loss and figures to log."""
         config = self.config
         self.module.train()
         started, first = time.perf_counter(), self.step
@@ -172,11 +185,14 @@ class Loop:
             for optimiser in self.optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = self.learning_rate(self.step)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16), sdpa_kernel(ATTENTION):
-                loss, figures = loss_of(Moment.of(config.seed, self.step))
             for parameter in self.parameters.values():
                 parameter.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
+            for part in range(config.accumulate):
+                with self._computing():
+                    loss, figures = loss_of(Moment.of(config.seed, self.step, part))
+                (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                for name, value in {"loss": loss.item(), **figures}.items():
+                    shown.setdefault(name, []).append(value)
             norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"the gradient of step {self.step} is not finite; lower the learning rate")
@@ -191,21 +207,42 @@ class Loop:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     self.average[name].lerp_(parameter, 1 - decay)
-            for name, value in {"loss": loss.item(), **figures}.items():
-                shown.setdefault(name, []).append(value)
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._log(shown, started, first, say)
                 shown.clear()
             if self.step % config.save_every == 0 or self.step == config.steps:
                 self.save()
-                if on_save is not None:
-                    on_save(self.step)
+            if on_step is not None:
+                on_step(self.step)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Precision and attention of the forward pass."""
+        device = next(iter(self.parameters.values())).device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16):
+            if device != "cpu":
+                yield
+                return
+            with sdpa_kernel(CPU_ATTENTION):
+                yield
 
     def use_average(self) -> None:
         """Put the averaged parameters into the module."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.average[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The module as it would be shipped now: averaged parameters, evaluation mode."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.use_average()
+        self.module.eval()
+        yield
+        self.module.train()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(kept[name])
 
     def _log(self, shown: Mapping[str, list[float]], started: float, first: int, say: Callable[[str], None]) -> None:
         figures = {name: sum(values) / len(values) for name, values in shown.items()}

@@ -24,7 +24,7 @@ def draw_times(count: int, target_tokens: int, generator: torch.Generator) -> Te
 
 def flow_loss(velocity: Velocity, x: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the velocity over a batch of packed latents `x` (B, n, c)."""
-    t = draw_times(x.shape[0], x.shape[1], generator)
-    noise = torch.randn(x.shape, generator=generator)
+    t = draw_times(x.shape[0], x.shape[1], generator).to(x.device)
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
     mixed = (1 - t)[:, None, None] * x + t[:, None, None] * noise
     return (velocity(mixed, t).float() - (noise - x)).square().mean()

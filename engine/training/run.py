@@ -16,15 +16,17 @@ import yaml
 from torch import nn
 
 from engine.autoencoder import Autoencoder
-from engine.config import AutoencoderConfig
+from engine.config import AutoencoderConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.geometry import nearest_size, token_grid
 from engine.keys import autoencoder_to_diffusers
+from engine.pipeline import KontextEngine, choose_device
 from engine.training.adapter import TARGETS, LowRankAdapter
 from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
 from engine.training.data import Latents, drawn_latents, encode_pairs, read_pairs
 from engine.training.flow import FlowWithText, freeze_unused_guidance, train_flow
 from engine.training.loop import LoopConfig
+from engine.training.report import plot, preview
 from engine.weights import TensorFiles, find_model, load_autoencoder, load_strictly, read_json, save_component
 
 KINDS = ("autoencoder", "flow", "finetune", "lora")
@@ -62,6 +64,10 @@ class TrainingConfig:
     dtype: str = "fp32"
     """Of the exported transformer: fp32, bf16 or fp16; autoencoder and text encoders are always fp32."""
     threads: int | None = None
+    device: str = "auto"
+    """`auto` is cuda, mps or cpu, in that order. The autoencoder of `kind: autoencoder` is trained on the CPU."""
+    preview_every: int = 0
+    """Steps between sheets of source, edit and target in `folder/previews`; 0 makes none."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -148,18 +154,22 @@ def _train_autoencoder(config: TrainingConfig, say: Say) -> None:
         say=say,
     )
     say(f"PSNR of fresh pictures: {reconstruction_psnr(module):.2f} dB")
+    plot(config.folder, say)
     if config.export is not None:
         save_component(module, config.export)
         say(f"wrote {config.export}")
 
 
 def _train_flow(config: TrainingConfig, say: Say) -> None:
+    device = choose_device(config.device)
     if config.vae is not None:
         module, autoencoder = FlowWithText.new(config.folder), read_autoencoder(config.vae)
     else:
         assert config.base is not None
-        module = FlowWithText.load(config.base)
-        autoencoder = load_autoencoder(find_model(config.base), device=torch.device("cpu"))
+        module = FlowWithText.load(config.base, device)
+        autoencoder = load_autoencoder(find_model(config.base), device=device)
+    module.to(device)
+    autoencoder.to(device)
     trained: nn.Module = module
     if config.kind == "flow":
         module.requires_grad_(True)
@@ -168,21 +178,32 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
         trained = module.flow
     elif config.kind == "lora":
         trained = LowRankAdapter(module.flow, config.rank, config.targets)
+    parts = _data(config, autoencoder)
+    engine = KontextEngine(
+        config=ModelConfig(flow=module.flow.config, autoencoder=autoencoder.config),
+        transformer=module.flow,
+        autoencoder=autoencoder,
+        text=module.text,
+        device=device,
+    )
     train_flow(
         module,
         trained,
-        [part.with_ids(module.token_ids) for part in _data(config, autoencoder)],
+        [part.with_ids(module.text.token_ids) for part in parts],
         config.loop,
         config.folder,
         batch=config.batch,
         context_dropout=config.context_dropout,
         say=say,
+        preview=lambda step: preview(engine, parts, config.folder / "previews" / f"{step:06}.png"),
+        preview_every=config.preview_every,
     )
+    plot(config.folder, say)
     if config.export is not None:
         if isinstance(trained, LowRankAdapter):
             trained.save(config.export)
         else:
-            module.export(config.export, autoencoder, DTYPES[config.dtype])
+            module.cpu().export(config.export, autoencoder.cpu(), DTYPES[config.dtype])
         say(f"wrote {config.export}")
 
 

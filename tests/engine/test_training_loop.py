@@ -89,6 +89,51 @@ def test_muon_steps_the_hidden_matrices_alone(tmp_path: Path) -> None:
     }
 
 
+def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
+    """Two equal batches have the gradient of one; AdamW's step is the same, but for rounding."""
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    found = []
+    for accumulate in (1, 2):
+        module = model()
+
+        def loss_of(_: Moment, module: nn.Module = module) -> Loss:
+            return module(x).square().mean(), {}
+
+        Loop(module, replace(CONFIG, accumulate=accumulate), tmp_path / str(accumulate)).run(
+            loss_of, say=lambda _: None
+        )
+        found.append(module)
+    for first, second in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+
+
+def test_batches_of_a_step_are_drawn_apart() -> None:
+    draws = {float(Moment.of(0, step, part).torch.initial_seed()) for step in range(3) for part in range(3)}
+    assert len(draws) == 9
+
+
+def test_the_average_is_in_place_only_while_it_is_asked_for(tmp_path: Path) -> None:
+    module = model()
+    loop = Loop(module, CONFIG, tmp_path)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    for value in loop.average.values():
+        value.fill_(3.0)
+    module.train()
+    with loop.averaged():
+        assert all((parameter == 3).all() for parameter in module.parameters())
+        assert [module.training] == [False]
+    assert module.training
+    assert all(torch.equal(start[name], value) for name, value in module.state_dict().items())
+
+
+def test_metrics_have_one_line_for_each_step_after_a_stop(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(tmp_path, stop=11)  # logged to 11, saved at 8
+    train(tmp_path)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 13))
+
+
 def test_what_resumes_without_its_optimiser_would_not_have_that_curve(tmp_path: Path) -> None:
     """The comparison above can fail: the moments matter at this size."""
     with pytest.raises(Stop):

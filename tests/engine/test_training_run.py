@@ -49,13 +49,13 @@ def one_thread() -> Iterator[None]:
 def module() -> FlowWithText:
     """The reference case's model with a text of 16 tokens."""
     module = FlowWithText.load(CASE / "model")
-    module.t5_tokenizer.model_max_length = 16
+    module.text.text_length = 16
     return module
 
 
 def data_of(module: FlowWithText, count: int = 6) -> FlowData:
     generator = torch.Generator().manual_seed(0)
-    clip_ids, t5_ids = module.token_ids([*(f"make it {index}" for index in range(count)), ""])
+    clip_ids, t5_ids = module.text.token_ids([*(f"make it {index}" for index in range(count)), ""])
     return FlowData(
         before=torch.randn(count, 4, 64, generator=generator),
         after=torch.randn(count, 4, 64, generator=generator),
@@ -170,7 +170,7 @@ def test_a_saved_adapter_acts_in_the_engine_as_it_did_in_training(module: FlowWi
     assert "transformer.single_transformer_blocks.1.proj_mlp.lora_B.weight" in names
 
     engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
-    ids = module.token_ids(["make it red"])
+    ids = module.text.token_ids(["make it red"])
     x, t = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0.7])
     with torch.no_grad():
         trained = module.velocity(x, t, None, ids, (2, 2))
@@ -201,10 +201,15 @@ def test_a_lora_from_a_table_of_pairs_by_the_command_line(tmp_path: Path, capsys
         "batch": 2,
         "rank": 2,
         "export": str(tmp_path / "adapter.safetensors"),
-        "loop": {"steps": 2, "log_every": 1},
+        "preview_every": 2,
+        "loop": {"steps": 2, "log_every": 1, "accumulate": 2},
     }
     assert main([str(write(tmp_path / "train.yaml", config))]) == 0
     assert "step 2/2" in capsys.readouterr().out
+    with Image.open(tmp_path / "run" / "previews" / "000002.png") as previewed:
+        assert np.asarray(previewed).std() > 10
+    with Image.open(tmp_path / "run" / "metrics.png") as plotted:
+        assert plotted.size == (800, 300)
     engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
     assert not engine.load_adapter(tmp_path / "adapter.safetensors").ignored
     assert (tmp_path / "run" / "metrics.csv").is_file()
@@ -286,6 +291,7 @@ def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Pa
         ({"loop": {}}, "steps"),
         ({"kind": "lora"}, "needs `base`"),
         ({"kind": "flow"}, "needs `vae`"),
+        ({"kind": "flow", "vae": "a", "base": "b"}, "else `base`"),
         ({"freeze_encoder": True}, "needs `vae`"),
         ({"dtype": "int8"}, "dtype 'int8'"),
     ],

@@ -88,8 +88,8 @@ def test_auto_classes_find_them(folder: Path) -> None:
 
 def test_a_run_that_goes_on_keeps_its_tokenizers(tmp_path: Path, prompts: list[str]) -> None:
     """Made again, equally frequent pieces change places, and a trained model would read other words."""
-    first = FlowWithText.new(tmp_path).token_ids(prompts)
-    second = FlowWithText.new(tmp_path).token_ids(prompts)
+    first = FlowWithText.new(tmp_path).text.token_ids(prompts)
+    second = FlowWithText.new(tmp_path).text.token_ids(prompts)
     for before, after in zip(first, second, strict=True):
         assert torch.equal(before, after)
 
