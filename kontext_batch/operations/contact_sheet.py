@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +13,13 @@ from kontext_batch.errors import StepError
 from kontext_batch.operations import layout
 from kontext_batch.operations.encoding import encode, format_named
 from kontext_batch.operations.pictures import BadPicture, open_picture
+from kontext_batch.planning.labels import as_ascii
 from kontext_batch.ports import LoadedPicture, MadePicture
 
 VERSION = 1
 """Raised when equal parameters make other pixels; part of the step keys."""
 
 ELLIPSIS = "..."
-_SPELLED = {"ß": "ss", "ẞ": "SS", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
-            "đ": "d", "Đ": "D", "þ": "th", "Þ": "Th", "·": "-", "–": "-", "—": "-", "×": "x", "’": "'", "‘": "'",
-            "“": '"', "”": '"', "„": '"', "…": "..."}  # fmt: skip
-"""What Unicode does not take apart into a letter and its accents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +90,8 @@ class _Wanted:
 def contact_sheet(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int) -> MadePicture:
     """One picture of role `cell` for each label (which may be null). Raises `StepError`.
 
-    The sheet itself may have `max_pixels` at most. Labels are drawn in Pillow's built-in font, the same everywhere,
-    which knows ASCII: letters lose their accents, other scripts show as `?`. A label that is too long ends in `...`.
+    The sheet itself may have `max_pixels` at most. Labels are drawn in ASCII (`planning.labels`); the plan notes those
+    that lose letters by it. A label that is too long ends in `...`.
     """
     started = time.perf_counter()
     try:
@@ -130,13 +126,6 @@ def contact_sheet(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], 
     data = encode(sheet, wanted.format, wanted.quality, None).data
     timings = {"render": rendered - started, "encode": time.perf_counter() - rendered}
     return MadePicture(data, format_named(wanted.format).media_type, sheet.width, sheet.height, timings)
-
-
-def as_ascii(text: str) -> str:
-    """`Größe 42` as `Grosse 42`, `写真` as `??`, any white space as one blank."""
-    spelled = "".join(_SPELLED.get(char, char) for char in " ".join(text.split()))
-    letters = "".join(char for char in unicodedata.normalize("NFKD", spelled) if not unicodedata.combining(char))
-    return letters.encode("ascii", "replace").decode()
 
 
 def _draw_label(sheet: Image.Image, grid: Grid, corner: tuple[int, int], text: str, background: layout.Colour) -> None:

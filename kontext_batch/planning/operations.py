@@ -15,6 +15,7 @@ from kontext_batch.planning.frames import (
     size_data,
     upscale,
 )
+from kontext_batch.planning.labels import as_ascii, can_be_drawn
 from kontext_batch.planning.listing import ModelInfo
 from kontext_batch.planning.making import Fault, Job, Making, Picture, Planner, Result
 from kontext_batch.planning.nodes import FromStep, Node
@@ -25,6 +26,7 @@ from kontext_batch.planning.params import (
     DEFAULT_STEPS,
     seed_of,
 )
+from kontext_batch.planning.values import Value
 from kontext_batch.recipes.fields import parse_color, parse_frame, parse_size
 from kontext_batch.recipes.references import nearest
 from kontext_batch.recipes.schema import Channel, ContactSheetStep, EditStep, FinishStep, GenerateStep
@@ -349,6 +351,9 @@ class _ContactSheet:
 
     def __init__(self, making: Making, node: Node, step: ContactSheetStep) -> None:
         self.making, self.node, self.step = making, node, step
+        self.numbers: dict[int, Value] = {}
+        self.lossy = ""
+        """The first label that cannot be drawn as it is."""
 
     def __call__(self, job: Job) -> Result:
         params = {
@@ -364,4 +369,21 @@ class _ContactSheet:
 
     def labels(self, job: Job) -> Sequence[str | None]:
         text = job.node.texts.get("label")
-        return [None if text is None else text(each.point) for each in job.pictures]
+        if text is None:
+            return [None] * len(job.pictures)
+        labels = [text((*each.point, self.number(each))) for each in job.pictures]
+        for label in labels:
+            if not can_be_drawn(label):
+                self.lossy = self.lossy or f"'{label[:60]}' as '{as_ascii(label[:60])}'"
+                self.making.tally(
+                    f"steps.{self.node.name}: labels are drawn in Latin letters, without accents; others show as ?: "
+                    + self.lossy
+                )
+        return labels
+
+    def number(self, picture: Picture) -> Value:
+        """`${candidate}` of a picture; a source is the first of its kind."""
+        number = 1 if picture.made is None else picture.made.instance.candidate
+        if number not in self.numbers:
+            self.numbers[number] = Value("candidate", str(number), {})
+        return self.numbers[number]

@@ -69,6 +69,8 @@ class Text:
         scope = recipe.scope
         positions = {axis: index for index, axis in enumerate(scope.axes)}
         self.axes = tuple(positions[axis] for axis in scope.in_order(scope.axes_of(template)))
+        if "candidate" in template.names:  # in a label: the point has one more value, at its end
+            self.axes = (*self.axes, -1)
         self.memo: dict[tuple[Value | None, ...], str] = {}
 
     def __call__(self, point: Point) -> str:
@@ -159,7 +161,7 @@ class Texts:
             return self.compile(getattr(document.steps[target.owner], "prompt"), ("steps", target.owner, "prompt"))  # noqa: B009
         if target.kind == "text":
             return self._translation(target.owner)
-        # `ext` and `candidate`: a path is expanded at a point with two more values at its end.
+        # `ext` and `candidate`: a path is expanded at a point with both at its end, a label with the latter.
         return _key(-2 if target.kind == "ext" else -1)
 
     def _field(self, target: Target, path: Path) -> Lookup:

@@ -278,7 +278,7 @@ class _Check:
         for _, use in picture_uses(name, step):
             cells |= self.axes(use)
         for field_name, use in text_uses(name, step, self.document):
-            if not self.use(use, _text_only):
+            if not self.use(use, _label_only if field_name == "label" else _text_only):
                 continue
             (cells if field_name == "label" else own).update(self.axes(use))
             self.literal(field_name, use)
@@ -430,9 +430,15 @@ _LITERALS: Mapping[str, Callable[[str], object]] = {
 def _text_only(target: Target) -> str | None:
     if target.kind in PICTURES:
         return "is a picture; here a text is wanted"
-    if target.kind in ("ext", "candidate"):
+    if target.kind == "ext":
         return "exists in the paths of outputs only"
+    if target.kind == "candidate":
+        return "exists in the paths of outputs and the labels of contact sheets only"
     return None
+
+
+def _label_only(target: Target) -> str | None:
+    return None if target.kind == "candidate" else _text_only(target)
 
 
 def _path_only(target: Target) -> str | None:

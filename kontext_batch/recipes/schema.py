@@ -310,7 +310,7 @@ class ContactSheetStep(StepBase):
     columns: Annotated[Int, Field(ge=1, le=50)] = 4
     cell: SizeText = "512x512"
     label: TextTemplate | None = None
-    """Under each cell; may name the axes of the pictures."""
+    """Under each cell; may name the axes of the pictures, and `${candidate}`: which of its step's it is, from 1."""
     background: TextTemplate | None = None
     format: Format = "jpeg"
     quality: Annotated[Int, Field(ge=1, le=100)] | None = None

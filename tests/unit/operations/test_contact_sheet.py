@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageFont
 
 from kontext_batch.errors import StepError
-from kontext_batch.operations.contact_sheet import Grid, as_ascii, contact_sheet
+from kontext_batch.operations.contact_sheet import Grid, contact_sheet
 from kontext_batch.operations.pictures import BadPicture, srgb_profile
+from kontext_batch.planning.labels import as_ascii, can_be_drawn
 from tests.unit.operations.making import BLACK, BLUE, GREEN, RED, WHITE, decoded, loaded, pixel, plain
 
 LIMIT = 10_000_000
@@ -125,6 +126,8 @@ def test_a_label_too_long_stays_in_its_cell(label: str) -> None:
 def test_labels_are_spelled_with_the_letters_of_the_font() -> None:
     assert as_ascii("Größe 42 –\n señor’s Œuvre\t№") == "Grosse 42 - senor's OEuvre No"
     assert as_ascii("RX-100 写真 ja") == "RX-100 ?? ja"
+    assert can_be_drawn("Größe 42 – Łódź?")
+    assert not can_be_drawn("RX-100 写真 ja")
     # No character of the font draws the box that stands for a missing glyph.
     font = ImageFont.load_default(20)
     missing = bytes(font.getmask("写"))

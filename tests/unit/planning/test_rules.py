@@ -555,6 +555,32 @@ outputs: [{from: "${sheet}", to: "out/${item}.${ext}"}]
     }
 
 
+SHEET = (
+    ITEM
+    + """
+steps:
+  staged: {op: edit, image: "${item.photo}", prompt: Go., candidates: 2, pick: all}
+  sheet: {op: contact_sheet, images: ["${item.photo}", "${staged}"], label: "${item.kind} ${candidate}"}
+outputs: [{from: "${sheet}", to: "out/sheet.${ext}"}]
+"""
+)
+
+
+def test_rule_11_labels_of_a_sheet_tell_the_candidates_apart() -> None:
+    made = plan(SHEET, table="sku,kind\nA,Schuh\nB,Tasche\n", files=FILES, default_seconds=1)
+    assert step_of(made, "sheet").params["labels"] == [
+        "Schuh 1", "Schuh 1", "Schuh 2", "Tasche 1", "Tasche 1", "Tasche 2",
+    ]  # fmt: skip
+    assert made.notes == ()
+
+
+def test_rule_11_labels_that_lose_their_letters_are_noted_once() -> None:
+    made = plan(SHEET, table="sku,kind\nA,靴\nB,Größe\n", files=FILES, default_seconds=1)
+    assert made.notes == (
+        "steps.sheet: labels are drawn in Latin letters, without accents; others show as ?: '靴 1' as '? 1' (3 times)",
+    )
+
+
 # ------------------------------------------------------------------------------------- 12: models and adapters
 
 

@@ -221,6 +221,13 @@ FAULTS = {
         [("${scene.place}.", "${ext}.")],
         ["small.yaml:30:13 steps.staged.prompt: 'ext' exists in the paths of outputs only"],
     ),
+    "candidate in a prompt": (
+        [("${scene.place}.", "${candidate}.")],
+        [
+            "small.yaml:30:13 steps.staged.prompt: 'candidate' exists in the paths of outputs and"
+            " the labels of contact sheets only"
+        ],
+    ),
     "a word of the language as a name": (
         [("locale: [en, de]", "text: [en, de]"), ("${locale}", "${item.sku}")],
         ["small.yaml:17:3 matrix.text: 'text' is a word of the language; choose another name"],
