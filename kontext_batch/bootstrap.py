@@ -6,10 +6,11 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -61,9 +62,12 @@ class CommandFilter:
         return done.returncode == 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Application:
-    """Everything that a command may need, put together for one workspace."""
+    """Everything that a command may need, put together for one workspace.
+
+    Until `settle` makes a workspace that was not there, its database is an empty one that lies `aside`.
+    """
 
     settings: Settings
     workspace: Path
@@ -75,6 +79,22 @@ class Application:
     content_filter: ContentFilter | None
     readable: tuple[str, ...]
     writable: tuple[str, ...]
+    database_url: str
+    """Of the workspace, whether it is there yet or not."""
+    aside: TemporaryDirectory[str] | None = None
+
+    def settle(self, looked_at: Iterable[str] = ()) -> None:
+        """Make the workspace unless it is there: from here on there is something to keep.
+
+        `looked_at`: URIs of the inputs that were read already and need not be read again. Raises `SettingsError`.
+        """
+        make_folder(self.workspace)
+        if self.aside is None:
+            return
+        records = self.repository.inputs(looked_at)
+        self.close()
+        self.repository = _repository(self.database_url, self.registry)
+        self.repository.remember_inputs(list(records.values()))
 
     def planner(self) -> Planner:
         """Plans recipes against this workspace."""
@@ -147,32 +167,42 @@ class Application:
     def close(self) -> None:
         """Give the database's connections back."""
         self.repository.close()
+        if self.aside is not None:
+            self.aside.cleanup()
+            self.aside = None
 
 
 def open_application(
-    settings: Settings, *, workspace: Path, recipe_folder: Path | None = None, more_folders: Sequence[Path] = ()
+    settings: Settings,
+    *,
+    workspace: Path,
+    recipe_folder: Path | None = None,
+    more_folders: Sequence[Path] = (),
+    make: bool = True,
 ) -> Application:
     """Open, or make, a workspace. Raises `SettingsError` when it cannot be used.
 
+    `make`: False leaves a workspace that is not there unmade until `Application.settle`: a plan, or a recipe that is
+    refused, leaves nothing behind.
     `recipe_folder`: the folder that the recipe lies in; it may be read and delivered to, with all below it.
     `more_folders`: likewise, for a worker that serves the runs of several recipes.
     """
     workspace = workspace.resolve()
-    try:
-        workspace.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{workspace}: the workspace cannot be made ({error.strerror})") from error
     url = settings.database_url or f"sqlite:///{workspace / DATABASE}"
-    migrate.upgrade(url)
+    aside = None
+    if make:
+        make_folder(workspace)
+    elif workspace.exists() and not workspace.is_dir():
+        raise SettingsError(f"{workspace}: a workspace is a folder")
+    elif settings.database_url is None and not (workspace / DATABASE).is_file():
+        aside = _folder_aside()
     folders = [*([] if recipe_folder is None else [recipe_folder]), *more_folders]
     own = [file_uri(workspace), *(file_uri(folder.resolve()) for folder in folders)]
     objects = prefix_uri(settings.objects) if settings.objects else file_uri(workspace)
     readable = (*own, *map(prefix_uri, settings.read_prefixes))
     writable = (*own, *map(prefix_uri, settings.write_prefixes))
-    repository = SqlRepository(url)
     registry = with_shipped(Registry.read(settings.models_file), settings.models_file)
-    rows = [ModelRow(name, entry.layout, entry.sha256, entry.licence) for name, entry in registry.models.items()]
-    repository.remember_models(rows)
+    repository = _repository(url if aside is None else f"sqlite:///{Path(aside.name) / DATABASE}", registry)
     return Application(
         settings=settings,
         workspace=workspace,
@@ -189,7 +219,33 @@ def open_application(
         content_filter=CommandFilter(settings.content_filter) if settings.content_filter else None,
         readable=readable,
         writable=writable,
+        database_url=url,
+        aside=aside,
     )
+
+
+def make_folder(workspace: Path) -> None:
+    """Raises `SettingsError`."""
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{workspace}: the workspace cannot be made ({error.strerror})") from error
+
+
+def _folder_aside() -> TemporaryDirectory[str]:
+    try:
+        return TemporaryDirectory(prefix="kontext-batch-")
+    except OSError as error:
+        raise SettingsError(f"no temporary folder can be made ({error.strerror})") from error
+
+
+def _repository(url: str, registry: Registry) -> SqlRepository:
+    """The database at `url`, brought to this version's tables; it knows the models of the registry."""
+    migrate.upgrade(url)
+    repository = SqlRepository(url)
+    rows = [ModelRow(name, entry.layout, entry.sha256, entry.licence) for name, entry in registry.models.items()]
+    repository.remember_models(rows)
+    return repository
 
 
 def prefix_uri(prefix: str) -> str:

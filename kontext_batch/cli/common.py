@@ -103,8 +103,9 @@ def opened(
 ) -> Iterator[Application]:
     """The workspace asked for, else the one beside the recipe, else the one in the working folder.
 
-    Only a command with a recipe makes a workspace; the others raise `SettingsError` when there is none. `source`: the
-    URI of a recipe that ran here, whose folder may be used again; `folders`: as those of several recipes.
+    Only a command with a recipe makes a workspace, and not before its plan is accepted (`Application.settle`); the
+    others raise `SettingsError` when there is none. `source`: the URI of a recipe that ran here, whose folder may be
+    used again; `folders`: as those of several recipes.
     """
     from kontext_batch.bootstrap import open_application
     from kontext_batch.settings import load_settings
@@ -115,7 +116,9 @@ def opened(
     if at is None and settings.database_url is None and not chosen.is_dir():
         raise SettingsError(f"{chosen}: there is no workspace here; name one with --workspace DIR")
     try:
-        application = open_application(settings, workspace=chosen, recipe_folder=folder, more_folders=folders)
+        application = open_application(
+            settings, workspace=chosen, recipe_folder=folder, more_folders=folders, make=at is None
+        )
         try:
             yield application
         finally:

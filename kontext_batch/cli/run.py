@@ -99,10 +99,12 @@ def announce(ready: Prepared, *, as_json: bool) -> None:
 
 def submitted(application: Application, ready: Prepared, *, priority: int, as_json: bool) -> int:
     """The run of this plan: the unfinished one of an earlier command, else a new one."""
+    from kontext_batch.planning.limits import sources
     from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import submit as store_run
     from kontext_batch.services.questions import unfinished_run
 
+    application.settle(sources(ready.plan))
     run_id = unfinished_run(application.repository, ready)
     continued = run_id is not None
     if run_id is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kontext_batch.cli import main
+from tests.unit.cli.conftest import FINISH_ONLY
 
 TOO_LARGE = "99999999999999999999"
 
@@ -52,3 +54,36 @@ def test_a_command_does_its_work_without_standard_streams(studio: Path, closed: 
     assert len(list((studio / "out").iterdir())) == 4
     with contextlib.closing(sqlite3.connect(studio / "kontext-out" / "kontext.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_plan_or_a_refused_recipe_leaves_nothing_behind(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = sorted(studio.rglob("*"))
+    for text, codes in (
+        (FINISH_ONLY, {"plan": 0}),
+        (FINISH_ONLY.replace("owner:", "ovner:"), {"plan": 2, "run": 2, "submit": 2}),
+        (FINISH_ONLY + "budget: {outputs: 3}\n", {"plan": 5, "run": 5, "submit": 5}),
+    ):
+        (studio / "sizes.yaml").write_text(text)
+        for command, code in codes.items():
+            assert main.main([command, "sizes.yaml"]) == code
+            assert sorted(studio.rglob("*")) == there, command
+    (studio / "kontext-out").mkdir()  # as outputs that are delivered there make it
+    (studio / "sizes.yaml").write_text(FINISH_ONLY)
+    assert main.main(["plan", "sizes.yaml"]) == 0
+    assert not any((studio / "kontext-out").iterdir())
+
+
+def test_a_plan_reads_a_workspace_that_is_there(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", "sizes.yaml"]) == 0
+    assert re.search(r"made +finish +0 +4 ", capsys.readouterr().out)
+
+
+def test_what_was_read_for_the_plan_of_a_first_run_is_not_read_again(done: Path) -> None:
+    with contextlib.closing(sqlite3.connect(done / "kontext-out" / "kontext.db")) as database:
+        assert database.execute("SELECT count(*) FROM inputs").fetchone() == (2,)
+
+
+def test_a_file_is_no_workspace(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "kontext-out").write_text("")
+    assert main.main(["plan", "sizes.yaml"]) == 2
+    assert capsys.readouterr().err == f"{studio / 'kontext-out'}: a workspace is a folder\n"
