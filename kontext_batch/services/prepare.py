@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from kontext_batch.errors import PlanRefused
+from kontext_batch.errors import NotAllowed, PlanRefused
 from kontext_batch.planning import uris
 from kontext_batch.planning.explain import Explained, explain
 from kontext_batch.planning.inputs import wanted_tables
@@ -101,9 +101,19 @@ class Planner:
         return self._prepared(plan, previous, uri, text, chosen, recipe, made_from(recipe, listed, uri))
 
     def from_plan(self, plan: Plan, uri: str) -> Prepared:
-        """Take a stored plan as it is; an input or a model that has changed since stands against it."""
+        """Take a stored plan as it is; an input or a model that has changed since stands against it.
+
+        A plan may read and write what lies beside it, as a recipe may: a folder that it named itself would be no limit,
+        for anybody can write a plan. Raises `NotAllowed` when its pictures lie elsewhere.
+        """
         previous = self.repository.latest_instances(plan.recipe)
-        current = self.looker.current(sources(plan))
+        try:
+            current = self.looker.current(sources(plan))
+        except NotAllowed as error:
+            raise NotAllowed(
+                f"{error}; keep a stored plan beside its recipe, or name the recipe's folder in read_prefixes and "
+                "write_prefixes of the settings"
+            ) from error
         changes = (*changed_inputs(plan, current), *changed_models(plan, self.models))
         prepared = self._prepared(plan, previous, uri, "", Selection(), None, {uri})
         return dataclasses.replace(prepared, refusals=(*changes, *prepared.refusals))

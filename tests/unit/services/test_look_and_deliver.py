@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from kontext_batch.errors import KontextBatchError, PlanRefused, RecipeError
+from kontext_batch.bootstrap import open_application
+from kontext_batch.errors import KontextBatchError, NotAllowed, PlanRefused, RecipeError
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import Artifact, PendingDelivery
@@ -116,6 +118,22 @@ def test_a_plan_whose_paths_were_changed_by_hand_is_refused(studio: Studio) -> N
         plan = replace(prepared.plan, deliveries=(replace(first, path=path), *rest))
         (refusal,) = planner.from_plan(plan, prepared.source).refusals
         assert told in refusal
+
+
+def test_a_plan_kept_elsewhere_says_what_it_needs(studio: Studio, tmp_path: Path) -> None:
+    prepared = studio.prepare()
+    elsewhere = tmp_path / "plans"
+    elsewhere.mkdir()
+    uri, folder = file_uri(elsewhere / "plan.json"), str(studio.folder)
+    settings = studio.app.settings
+    with (
+        closing(open_application(settings, workspace=tmp_path / "ws", recipe_folder=elsewhere)) as app,
+        pytest.raises(NotAllowed, match=r"g\.png may not be read .*beside its recipe, or .* in read_prefixes"),
+    ):
+        app.planner().from_plan(prepared.plan, uri)
+    settings = settings.model_copy(update={"read_prefixes": (folder,), "write_prefixes": (folder,)})
+    with closing(open_application(settings, workspace=tmp_path / "ws", recipe_folder=elsewhere)) as app:
+        assert app.planner().from_plan(prepared.plan, uri).refusals == ()
 
 
 def test_unusable_photos_are_skipped_and_listed(studio: Studio) -> None:
