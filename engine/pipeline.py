@@ -25,7 +25,7 @@ from engine import geometry
 from engine.autoencoder import Autoencoder
 from engine.batching import DEFAULT_MAX_ROWS, Batch, Row
 from engine.config import ModelConfig
-from engine.errors import ConfigError, EngineError, NonFiniteError, RequestError
+from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
 from engine.latents import Latents, context_ids, draw_noise, grid_ids, image_to_tensor, pack, tensor_to_image, unpack
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
 from engine.sampling import schedule
@@ -103,6 +103,8 @@ class KontextEngine:
         self.max_rows = max_rows
         """Most rows alive at once; bounds the memory of a step."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
+        self._streams = 0
+        """Streams that have rows alive: weights must not change under them."""
 
     @classmethod
     def load(
@@ -141,13 +143,19 @@ class KontextEngine:
         """Apply a LoRA file (ENGINE.md 3c) on top of those already loaded; `scale` 1 is as it was trained.
 
         Parts for the text encoders are applied as well. What has no effect here is left out, logged, and listed in the
-        result's `ignored`. Raises `AdapterError`, and then leaves the model as it was.
+        result's `ignored`. Raises `AdapterError`, also while a stream is running, and then leaves the model as it was.
         """
+        self._check_idle()
         return self.adapters.load(Path(path), scale)
 
     def unload_adapters(self) -> None:
         """Take all adapters off; results are then bit for bit those of the model alone."""
+        self._check_idle()
         self.adapters.unload()
+
+    def _check_idle(self) -> None:
+        if self._streams:
+            raise AdapterError("adapters cannot be changed while a stream is running; finish or close it first")
 
     def edit(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> list[EditResult]:
         """Make all images; results in the order asked. Raises the first error of any request."""
@@ -166,6 +174,15 @@ class KontextEngine:
         A waiting request joins as soon as a row is free; requests of one shape come after one another, so that they
         share passes.
         """
+        self._streams += 1
+        try:
+            yield from self._stream(requests, on_step)
+        finally:
+            self._streams -= 1
+
+    def _stream(
+        self, requests: Sequence[EditRequest], on_step: OnStep | None
+    ) -> Iterator[tuple[int, EditResult | EngineError]]:
         waiting: list[tuple[int, EditRequest]] = []
         for index, request in enumerate(requests):
             try:

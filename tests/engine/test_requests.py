@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from engine import geometry
-from engine.errors import ConfigError, EngineError, NonFiniteError, RequestError
+from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
 from engine.latents import Latents, context_ids, draw_noise, image_to_tensor, pack, tensor_to_image, unpack
 from engine.layers import clip_half
 from engine.pipeline import EditRequest, EditResult, KontextEngine, choose_device
@@ -184,6 +184,18 @@ def test_latents_as_canvas_are_its_tokens(tiny: KontextEngine) -> None:
         tokens = pack(tiny.autoencoder.encode(image_to_tensor(picture(64, 64))[None]))[0]
     found = tiny.edit([replace(REQUEST, image=Latents(tokens, 64, 64))])[0].latents
     assert torch.equal(found, tiny.edit([REQUEST])[0].latents)
+
+
+def test_adapters_stay_while_a_stream_is_running(tiny: KontextEngine, tmp_path: Path) -> None:
+    requests = [EditRequest("x", width=32, height=32, steps=1, seed=seed) for seed in range(2)]
+    stream = tiny.stream(requests)
+    next(stream)
+    with pytest.raises(AdapterError, match="while a stream is running"):
+        tiny.unload_adapters()
+    with pytest.raises(AdapterError, match="while a stream is running"):
+        tiny.load_adapter(tmp_path / "adapter.safetensors")
+    stream.close()
+    tiny.unload_adapters()
 
 
 def test_a_result_handed_on_is_the_next_canvas(tiny: KontextEngine) -> None:
