@@ -466,6 +466,10 @@ class Repository(Protocol):
         """The image lies at `path` now (with its version in the name), or was skipped because something was there."""
         ...
 
+    def made_files(self, run_id: int) -> Sequence[str]:
+        """URIs of what the run delivered, without the pictures that were there before it, in plan order."""
+        ...
+
     def fail_delivery(self, delivery_id: int, error: str) -> None: ...
 
     # ---- questions

@@ -120,10 +120,12 @@ def submitted(application: Application, ready: Prepared, *, priority: int, as_js
     return run_id
 
 
-def work(application: Application, run_id: int, paths: Sequence[str], *, as_json: bool) -> int:
+def work(
+    application: Application, run_id: int, paths: Sequence[str], *, as_json: bool, name_files: bool = False
+) -> int:
     """Work on the run until it has a final state or a signal comes; returns the exit code.
 
-    `paths`: where it delivers to, to say where the outputs are.
+    `paths`: where it delivers to, to say where the outputs are. `name_files`: name each new file instead.
     """
     worker = application.worker()
     with stopped_by_signals(worker.stopping), _progress(as_json=as_json) as progress:
@@ -135,10 +137,12 @@ def work(application: Application, run_id: int, paths: Sequence[str], *, as_json
         else:
             output.tell(f"run {run_id} was interrupted; nothing is lost: {again}")
         return EXIT_INTERRUPTED
-    return report(application, summary, paths, as_json=as_json)
+    return report(application, summary, paths, as_json=as_json, name_files=name_files)
 
 
-def report(application: Application, summary: RunSummary, paths: Sequence[str], *, as_json: bool) -> int:
+def report(
+    application: Application, summary: RunSummary, paths: Sequence[str], *, as_json: bool, name_files: bool = False
+) -> int:
     """How the run ended, and where its outputs are; returns the exit code."""
     from kontext_batch.planning.states import RunState, StepState
 
@@ -146,6 +150,7 @@ def report(application: Application, summary: RunSummary, paths: Sequence[str], 
     bad = (StepState.FAILED, StepState.QUARANTINED)
     failed = [] if code == EXIT_DONE else application.repository.run_steps(summary.id, states=bad)
     folders = output_folders(paths)
+    files = list(map(_shown, application.repository.made_files(summary.id))) if name_files else []
     if as_json:
         output.event(
             "finished",
@@ -157,6 +162,7 @@ def report(application: Application, summary: RunSummary, paths: Sequence[str], 
             deliveries=summary.deliveries,
             failures=[{"step": each.id, "node": each.node, "axes": each.axes, "error": each.error} for each in failed],
             outputs=folders,
+            **({"files": files} if name_files else {}),
             exit=code,
         )
         return code
@@ -171,15 +177,13 @@ def report(application: Application, summary: RunSummary, paths: Sequence[str], 
         f"run {summary.id} {summary.state}: {counts} ({summary.cached} were cached); "
         f"{summary.delivered} of {summary.deliveries} outputs delivered"
     )
-    for folder in folders:
-        output.say(folder)
+    for place in files or folders:
+        output.say(place)
     return code
 
 
 def output_folders(paths: Sequence[str]) -> list[str]:
     """Where the outputs of a run are: the folder above all of them, one for each store."""
-    from kontext_batch.storage.uris import file_path
-
     stores: dict[str, list[str]] = {}
     for path in paths:
         scheme, _, rest = path.partition("://")
@@ -187,9 +191,14 @@ def output_folders(paths: Sequence[str]) -> list[str]:
     folders = []
     for scheme, places in stores.items():
         common_path = os.path.commonpath([os.path.dirname(each) for each in places])
-        uri = f"{scheme}://{common_path}/"
-        folders.append(file_path(uri) if scheme == "file" else uri)
+        folders.append(_shown(f"{scheme}://{common_path}/"))
     return folders
+
+
+def _shown(uri: str) -> str:
+    from kontext_batch.storage.uris import file_path
+
+    return file_path(uri) if uri.startswith("file:") else uri
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.cli.run import submitted, work
+from kontext_batch.cli.run import report, submitted, work
 from kontext_batch.errors import ObjectNotFound
 
 if TYPE_CHECKING:
@@ -148,8 +148,11 @@ def retry(
         else:
             keys = None if failed else questions.chosen_keys(application.repository, number, chosen.only, step)
             count = application.repository.retry_run(number, keys=keys)
-            output.tell(f"{count} steps of run {number} are made again")
-        code = work(application, number, paths, as_json=as_json)
+            now = application.repository.run(number)
+            _tell_again(summary, count, going=now.finished is None, failed=failed)
+            if now.finished is not None:
+                raise typer.Exit(report(application, now, paths, as_json=as_json))
+        code = work(application, number, paths, as_json=as_json, name_files=take)
     raise typer.Exit(code)
 
 
@@ -168,6 +171,21 @@ def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
             raise ObjectNotFound(f"run {number} has ended already: {summary.state}")
         count = application.repository.cancel_run(number)
     output.say(f"run {number} is cancelled; {count} steps will not be computed")
+
+
+def _tell_again(before: RunSummary, count: int, *, going: bool, failed: bool) -> None:
+    """What a retry comes to: `count` steps, deliveries, or nothing at all."""
+    undelivered = before.deliveries - before.delivered
+    outputs = "output" if undelivered == 1 else "outputs"
+    if count:
+        output.tell(f"{count} {'step' if count == 1 else 'steps'} of run {before.id} will be made again")
+    elif going and before.finished is None:
+        output.tell(f"nothing of run {before.id} has failed so far; it goes on")
+    elif going:
+        output.tell(f"no step of run {before.id} failed; {undelivered} {outputs} will be delivered again")
+    else:
+        what = f"of run {before.id}" if failed else f"that is meant of run {before.id}"
+        output.tell(f"nothing {what} failed, nothing is made again; --take makes pictures anew that are done")
 
 
 def step_table(rows: Sequence[StepRow]) -> None:

@@ -55,6 +55,17 @@ def record_delivery(conn: sa.Connection, delivery_id: int, *, path: str, version
     )
 
 
+def made_files(conn: sa.Connection, run_id: int) -> list[str]:
+    instances = t.run_steps.c
+    query = (
+        sa.select(DELIVERIES.delivered_path)
+        .join(t.run_steps, (instances.run_id == DELIVERIES.run_id) & (instances.ordinal == DELIVERIES.ordinal))
+        .where(DELIVERIES.run_id == run_id, DELIVERIES.state == "delivered", sa.not_(instances.cached))
+        .order_by(DELIVERIES.id)
+    )
+    return list(conn.scalars(query))
+
+
 def fail_delivery(conn: sa.Connection, delivery_id: int, error: str) -> None:
     conn.execute(
         sa.update(t.deliveries).where(DELIVERIES.id == delivery_id).values(state="failed", error=stored_text(error))

@@ -148,6 +148,9 @@ class SqlRepository:
     def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: bool = False) -> None:
         self._db.write(deliveries.record_delivery, delivery_id, path=path, version=version, skipped=skipped)
 
+    def made_files(self, run_id: int) -> Sequence[str]:
+        return self._db.read(deliveries.made_files, run_id)
+
     def fail_delivery(self, delivery_id: int, error: str) -> None:
         self._db.write(deliveries.fail_delivery, delivery_id, error)
 

@@ -38,6 +38,17 @@ def test_a_delivery_is_pending_once_its_step_is_done(repository: SqlRepository) 
     assert not repository.verify()
 
 
+def test_the_files_of_a_run_are_those_of_pictures_that_it_made(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": []}, deliver=["a"]))
+    finish(repository)
+    run_id = submit(repository, make_plan({"a": [], "b": []}, deliver=["a", "b"]))
+    assert repository.made_files(run_id) == []
+    finish(repository)
+    for each in repository.pending_deliveries(run_id):
+        repository.record_delivery(each.id, path=each.path.replace(".png", ".v2.png"), version=2)
+    assert repository.made_files(run_id) == ["file:///out/b.v2.png"]
+
+
 def test_a_failed_step_leaves_its_delivery_waiting(repository: SqlRepository) -> None:
     run_id = submit(repository, make_plan({"a": []}, deliver=["a"]))
     repository.commit(None, [failed(step) for step in claim(repository)])

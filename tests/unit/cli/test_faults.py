@@ -11,9 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from kontext_batch.cli import main
+from kontext_batch.operations.pictures import encode_png
+from kontext_batch.ports import EditJob, MadePicture
+from kontext_batch.registry import ModelEntry, Registry
 from tests.unit.cli.conftest import FINISH_ONLY
+from tests.unit.services.conftest import RECIPE, ToyEditor
 
 TOO_LARGE = "99999999999999999999"
 
@@ -87,3 +92,55 @@ def test_a_file_is_no_workspace(studio: Path, capsys: pytest.CaptureFixture[str]
     (studio / "kontext-out").write_text("")
     assert main.main(["plan", "sizes.yaml"]) == 2
     assert capsys.readouterr().err == f"{studio / 'kontext-out'}: a workspace is a folder\n"
+
+
+def test_a_retry_of_a_clean_run_says_that_nothing_failed(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["runs", "retry", "1", "--failed"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "nothing of run 1 failed, nothing is made again; --take makes pictures anew that are done",
+        "run 1 done: 4 done (0 were cached); 4 of 4 outputs delivered",
+    ]
+    assert main.main(["runs", "retry", "1", "--step", "made", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [json.loads(line)["event"] for line in told.out.splitlines()] == ["finished"]
+    assert told.err.startswith("nothing that is meant of run 1 failed")
+
+
+def test_a_retry_delivers_what_could_not_be_delivered(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "sizes.yaml").write_text(FINISH_ONLY.replace("if_exists: replace", "if_exists: fail"))
+    (studio / "out").mkdir()
+    (studio / "out" / "mug_small.png").write_bytes(b"another")
+    assert main.main(["run", "sizes.yaml"]) == 3
+    (studio / "out" / "mug_small.png").unlink()
+    capsys.readouterr()
+    assert main.main(["runs", "retry", "1", "--failed"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "no step of run 1 failed; 1 output will be delivered again"
+    assert told[-1].endswith("4 of 4 outputs delivered")
+
+
+class SeededEditor(ToyEditor):
+    """Another seed, another picture."""
+
+    def _make(self, job: EditJob) -> MadePicture:
+        size = (job.params["target"]["width"], job.params["target"]["height"])
+        return MadePicture(encode_png(Image.new("RGB", size, job.params["seed"] % 2**24)), "image/png", *size)
+
+
+def test_a_new_take_names_the_new_files(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kontext_batch.editor.EngineEditor", lambda **options: SeededEditor())
+    monkeypatch.setattr("kontext_batch.editor.count_tokens", lambda model, prompt: 8)
+    entry = ModelEntry(
+        path=studio, sha256="a" * 64, signature="", layout="diffusers", native_area=64 * 64, text_length=64
+    )
+    Registry().with_model("toy", entry).write(studio / "models.json")
+    (studio / "shop.yaml").write_text(RECIPE)
+    assert main.main(["run", "shop.yaml"]) == 0
+    capsys.readouterr()
+    assert main.main(["runs", "retry", "1", "--only", "item=mug", "--step", "staged", "--take"]) == 0
+    new = [str(studio / "out" / name) for name in ("mug_beach.v2.png", "mug_snow.v2.png")]
+    assert capsys.readouterr().out.splitlines() == new
+    assert all(Path(name).is_file() for name in new)
