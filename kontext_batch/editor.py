@@ -112,6 +112,17 @@ def count_tokens(folder: Path, prompt: str) -> int:
     return len(_t5_tokenizer(folder).encode(prompt).ids)
 
 
+def chosen_device(device: str) -> str:
+    """The device that the engine takes for this setting: `cuda`, `mps`, `cpu`, ... Raises `SettingsError`."""
+    from engine.errors import EngineError
+    from engine.pipeline import choose_device
+
+    try:
+        return str(choose_device(device))
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+
+
 def numeric_mode(device: str, dtype: DType) -> str:
     """The dtype that results depend on: as set, else bfloat16 where a CUDA device will be used, else float32."""
     if dtype != "auto":

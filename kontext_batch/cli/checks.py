@@ -7,8 +7,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kontext_batch.errors import KontextBatchError
+
+if TYPE_CHECKING:
+    from kontext_batch.settings import Settings
 
 LEAST_FREE = 10**9
 """Bytes that a workspace should have left."""
@@ -52,7 +56,7 @@ def all_checks(workspace: Path) -> Iterator[Check]:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
         yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
     yield from _models(settings.models_file)
-    yield _device(settings.device)
+    yield _device(settings)
 
 
 def _database(url: str) -> Check:
@@ -99,7 +103,12 @@ def _models(file: Path) -> Iterator[Check]:
         )
 
 
-def _device(device: str) -> Check:
-    from kontext_batch.editor import numeric_mode
+def _device(settings: Settings) -> Check:
+    from kontext_batch.editor import chosen_device, numeric_mode
 
-    return Check("device", True, f"{device}, computing in {numeric_mode(device, 'auto')}")
+    try:
+        chosen = chosen_device(settings.device)
+    except KontextBatchError as error:
+        return Check("device", False, str(error), "set device to auto, or to one that is here")
+    mode = numeric_mode(settings.device, settings.dtype)
+    return Check("device", True, f"{chosen} (the setting is {settings.device}), computing in {mode}")

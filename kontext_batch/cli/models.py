@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,12 +35,12 @@ def list_models(as_json: common.JsonOption = False) -> None:
         output.say_json({name: entry.model_dump(mode="json") for name, entry in registry.models.items()})
         return
     output.table(
-        ["name", "layout", "native area", "licence", "filter", "sha256", "path"],
+        ["name", "layout", "native size", "licence", "filter", "sha256", "path"],
         [
             [
                 name,
                 entry.layout,
-                entry.native_area,
+                native_size(entry.native_area),
                 entry.licence,
                 "required" if entry.requires_filter else "",
                 entry.sha256[:12],
@@ -74,7 +75,7 @@ def add(
     if load:
         editor.check_model(entry.path)
     complete.write(settings.models_file)
-    output.say(f"model {name}: {entry.layout} layout, {entry.native_area} pixels, sha256 {entry.sha256[:12]}")
+    output.say(f"model {name}: {entry.layout} layout, {native_size(entry.native_area)}, sha256 {entry.sha256[:12]}")
 
 
 @app.command()
@@ -159,6 +160,12 @@ def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption =
     entry = AdapterEntry(path=file, sha256=sha256, signature=signature(file), licence=licence)
     registry.with_adapter(name, entry).write(settings.models_file)
     output.say(f"adapter {name}: sha256 {sha256[:12]}")
+
+
+def native_size(area: int) -> str:
+    """An area in pixels as the square that a model was made for; it makes other shapes of about that area, too."""
+    side = math.isqrt(area)
+    return f"{side}x{side}" if side * side == area else f"{area} pixels"
 
 
 def _registry() -> tuple[Settings, Registry]:

@@ -82,7 +82,9 @@ def schema(brand: Annotated[bool, typer.Option("--brand", help="Of brand files i
 
 
 @app.command()
-def init(file: Annotated[Path, typer.Argument(metavar="[FILE]")] = Path("recipe.yaml")) -> None:
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]")] = Path("recipe.yaml"), as_json: common.JsonOption = False
+) -> None:
     """Write a small recipe to start from; a file that is there stays.
 
     Example: kontext-batch recipes init spring.yaml
@@ -94,6 +96,9 @@ def init(file: Annotated[Path, typer.Argument(metavar="[FILE]")] = Path("recipe.
         raise SettingsError(f"{file}: there is a file already") from error
     except OSError as error:
         raise SettingsError(f"{file}: cannot be written ({error.strerror})") from error
+    if as_json:
+        output.event("finished", file=str(file), exit=0)
+        return
     output.say(f"{file}: put pictures into photos/ beside it, then `kontext-batch run {file}`")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kontext_batch.cli import main
+from kontext_batch.cli import main, models
 from kontext_batch.operations.pictures import encode_png
 from kontext_batch.ports import EditJob, MadePicture
 from kontext_batch.registry import ModelEntry, Registry
@@ -144,3 +144,34 @@ def test_a_new_take_names_the_new_files(
     new = [str(studio / "out" / name) for name in ("mug_beach.v2.png", "mug_snow.v2.png")]
     assert capsys.readouterr().out.splitlines() == new
     assert all(Path(name).is_file() for name in new)
+
+
+def test_a_starter_recipe_is_told_as_data(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["recipes", "init", "first.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "finished", "file": "first.yaml", "exit": 0}
+
+
+@pytest.mark.parametrize("setting", ["auto", "cpu"])
+def test_doctor_says_which_device_computes(
+    done: Path, setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KONTEXT_BATCH_DEVICE", setting)
+    main.main(["doctor"])
+    assert re.search(rf"^ok   device: (cuda|mps|cpu) \(the setting is {setting}\)", capsys.readouterr().out, re.M)
+
+
+def test_doctor_finds_a_device_that_is_not_there(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KONTEXT_BATCH_DEVICE", "nonsense")
+    assert main.main(["doctor"]) == 1
+
+
+def test_models_are_listed_with_the_size_that_they_are_made_for(
+    studio: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = ModelEntry(
+        path=studio, sha256="a" * 64, signature="", layout="diffusers", native_area=16384, text_length=64
+    )
+    Registry().with_model("toy", entry).write(studio / "models.json")
+    assert main.main(["models", "list"]) == 0
+    assert "128x128" in capsys.readouterr().out
+    assert models.native_size(1024 * 768) == "786432 pixels"
