@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -160,15 +161,16 @@ class KontextEngine:
     def edit(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> list[EditResult]:
         """Make all images; results in the order asked. Raises the first error of any request."""
         results: list[EditResult | None] = [None] * len(requests)
-        for index, result in self.stream(requests, on_step=on_step):
-            if isinstance(result, EngineError):
-                raise result
-            results[index] = result
+        with closing(self.stream(requests, on_step=on_step)) as stream:
+            for index, result in stream:
+                if isinstance(result, EngineError):
+                    raise result
+                results[index] = result
         return [result for result in results if result is not None]
 
     def stream(
         self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
-    ) -> Iterator[tuple[int, EditResult | EngineError]]:
+    ) -> Generator[tuple[int, EditResult | EngineError]]:
         """Yield (index of the request, result) as images finish; a request's own error takes its result's place.
 
         A waiting request joins as soon as a row is free; requests of one shape come after one another, so that they

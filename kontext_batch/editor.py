@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -171,12 +172,13 @@ class EngineEditor:
             except StepError as error:
                 results[number] = error
         try:
-            for index, made in engine.stream(requests, on_step=on_step):
-                job = jobs[numbers[index]]
-                if isinstance(made, EngineError):
-                    results[numbers[index]] = StepError(str(made))
-                else:
-                    results[numbers[index]] = _made(made, keep_latents=bool(job.params.get("keep_latents")))
+            with closing(engine.stream(requests, on_step=on_step)) as stream:
+                for index, made in stream:
+                    job = jobs[numbers[index]]
+                    if isinstance(made, EngineError):
+                        results[numbers[index]] = StepError(str(made))
+                    else:
+                        results[numbers[index]] = _made(made, keep_latents=bool(job.params.get("keep_latents")))
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(
                 f"the device ran out of memory with {len(requests)} images; lower batch_rows in the settings"
