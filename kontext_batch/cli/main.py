@@ -15,9 +15,10 @@ import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from kontext_batch.cli import models, output, plan, recipes, run, runs, steps, workspace
 from kontext_batch.errors import (
@@ -32,8 +33,24 @@ from kontext_batch.errors import (
     StorageReadOnly,
 )
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands; says under which noun a verb is that was typed without one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Ends with a usage error for a verb that belongs to a noun."""
+        verb = args[0]
+        if verb not in self.commands:
+            nouns = [name for name, each in self.commands.items() if verb in getattr(each, "commands", {})]
+            if nouns:
+                meant = " or ".join(f"'{noun} {verb}'" for noun in nouns)
+                ctx.fail(f"No such command '{verb}'. Did you mean {meant}?")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="kontext-batch",
+    cls=Commands,
     help="Turn photos and a recipe into edited images, and explain every one of them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

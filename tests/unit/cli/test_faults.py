@@ -175,3 +175,14 @@ def test_models_are_listed_with_the_size_that_they_are_made_for(
     assert main.main(["models", "list"]) == 0
     assert "128x128" in capsys.readouterr().out
     assert models.native_size(1024 * 768) == "786432 pixels"
+
+
+@pytest.mark.parametrize(
+    ("verb", "meant"),
+    [("retry", "'runs retry'"), ("validate", "'recipes validate'"), ("show", "'runs show' or 'steps show'")],
+)
+def test_a_verb_without_its_noun_is_told_its_noun(verb: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([verb, "1"]) == 2
+    assert f"No such command '{verb}'. Did you mean {meant}?" in capsys.readouterr().err
+    assert main.main(["nonsense"]) == 2
+    assert "No such command 'nonsense'." in capsys.readouterr().err
