@@ -8,11 +8,27 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from kontext_batch.cli import output
+from kontext_batch.errors import KontextBatchError
 from kontext_batch.planning.states import LIVE
 from kontext_batch.ports import RunSummary
 
 EVERY_SECONDS = 5.0
 """Pause between two plain lines."""
+LOOK_SECONDS = 2.0
+"""Pause between two looks of a bar at the run while a batch is in flight."""
+
+Look = Callable[[], RunSummary]
+"""Reads how the run stands: while a batch is in flight here, another process may finish steps of the run."""
+
+
+def looked(look: Look | None) -> RunSummary | None:
+    """How the run stands, if that can be read: a batch does not fail for the sake of a line on the screen."""
+    if look is None:
+        return None
+    try:
+        return look()
+    except KontextBatchError:
+        return None
 
 
 def finished_steps(summary: RunSummary) -> int:
@@ -60,9 +76,14 @@ class LineProgress:
     """Plain lines, or events, at most one every few seconds."""
 
     def __init__(
-        self, *, json: bool, every: float = EVERY_SECONDS, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        json: bool,
+        look: Look | None = None,
+        every: float = EVERY_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._json, self._every, self._clock = json, every, clock
+        self._json, self._look, self._every, self._clock = json, look, every, clock
         self._pace = Pace(clock)
         self._last = clock() - every
         self._summary: RunSummary | None = None
@@ -76,17 +97,23 @@ class LineProgress:
 
     def on_step(self, done: int, total: int) -> None:
         self._denoise = (done, total)
-        self._write()
+        if self._due():
+            self._summary = looked(self._look) or self._summary
+            self._write()
 
     def on_progress(self, summary: RunSummary) -> None:
         self._summary, self._denoise = summary, (0, 0)
-        self._write()
+        if self._due():
+            self._write()
 
-    def _write(self) -> None:
+    def _due(self) -> bool:
         now = self._clock()
         if now - self._last < self._every:
-            return
+            return False
         self._last = now
+        return True
+
+    def _write(self) -> None:
         done = total = 0
         if self._summary is not None:
             done, total = finished_steps(self._summary), sum(self._summary.steps.values())
@@ -107,7 +134,7 @@ class LineProgress:
 class BarProgress:
     """A bar of rich, on standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Look | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
@@ -123,6 +150,8 @@ class BarProgress:
         self._task = self._bar.add_task("steps", total=None, told="")
         self._pace = Pace()
         self._told = ""
+        self._look = look
+        self._looked = time.monotonic()
 
     def __enter__(self) -> BarProgress:
         self._bar.start()
@@ -132,9 +161,15 @@ class BarProgress:
         self._bar.stop()
 
     def on_step(self, done: int, total: int) -> None:
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            summary = looked(self._look)
+            if summary is not None:
+                self.on_progress(summary)
+            self._looked = time.monotonic()  # after a look that failed, too
         self._bar.update(self._task, told=f"{self._told}  denoise {done}/{total}")
 
     def on_progress(self, summary: RunSummary) -> None:
+        self._looked = time.monotonic()
         done, total = finished_steps(summary), sum(summary.steps.values())
         rate, left = self._pace.read(done, total)
         self._told = "" if rate is None or left is None else f"{rate * 60:.1f}/min, {duration(left)} left"

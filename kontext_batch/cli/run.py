@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from kontext_batch.errors import PlanRefused
 
 if TYPE_CHECKING:
     from kontext_batch.bootstrap import Application
-    from kontext_batch.cli.progress import Progress
+    from kontext_batch.cli.progress import Look, Progress
     from kontext_batch.planning.plan import PlannedStep
     from kontext_batch.ports import RunSummary
     from kontext_batch.services.prepare import Prepared
@@ -128,7 +129,8 @@ def work(
     `paths`: where it delivers to, to say where the outputs are. `name_files`: name each new file instead.
     """
     worker = application.worker()
-    with stopped_by_signals(worker.stopping), _progress(as_json=as_json) as progress:
+    progress_of_run = _progress(partial(application.repository.run, run_id), as_json=as_json)
+    with stopped_by_signals(worker.stopping), progress_of_run as progress:
         summary = worker.run_until_done(run_id, on_step=progress.on_step, on_progress=progress.on_progress)
     if summary.finished is None:
         again = "the same command goes on where it stopped"
@@ -222,10 +224,10 @@ def stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _progress(*, as_json: bool) -> Progress:
+def _progress(look: Look, *, as_json: bool) -> Progress:
     from kontext_batch.cli.progress import BarProgress, LineProgress
 
-    return BarProgress() if not as_json and sys.stderr.isatty() else LineProgress(json=as_json)
+    return BarProgress(look) if not as_json and sys.stderr.isatty() else LineProgress(json=as_json, look=look)
 
 
 def _running(ready: Prepared) -> list[PlannedStep]:

@@ -8,15 +8,20 @@ import re
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from kontext_batch.bootstrap import open_application
 from kontext_batch.cli import main, models
+from kontext_batch.cli.progress import BarProgress, LineProgress
+from kontext_batch.errors import InfrastructureError
 from kontext_batch.operations.pictures import encode_png
-from kontext_batch.ports import EditJob, MadePicture
+from kontext_batch.ports import EditJob, MadePicture, OnStep, RunSummary
 from kontext_batch.registry import ModelEntry, Registry
+from kontext_batch.settings import load_settings
 from tests.unit.cli.conftest import FINISH_ONLY
 from tests.unit.services.conftest import RECIPE, ToyEditor
 
@@ -120,6 +125,17 @@ def test_a_retry_delivers_what_could_not_be_delivered(studio: Path, capsys: pyte
     assert told[-1].endswith("4 of 4 outputs delivered")
 
 
+def write_shop(studio: Path, monkeypatch: pytest.MonkeyPatch, make_editor: Callable[[], ToyEditor]) -> None:
+    """A recipe with edits, and editors that need no model."""
+    monkeypatch.setattr("kontext_batch.editor.EngineEditor", lambda **options: make_editor())
+    monkeypatch.setattr("kontext_batch.editor.count_tokens", lambda model, prompt: 8)
+    entry = ModelEntry(
+        path=studio, sha256="a" * 64, signature="", layout="diffusers", native_area=64 * 64, text_length=64
+    )
+    Registry().with_model("toy", entry).write(studio / "models.json")
+    (studio / "shop.yaml").write_text(RECIPE)
+
+
 class SeededEditor(ToyEditor):
     """Another seed, another picture."""
 
@@ -131,13 +147,7 @@ class SeededEditor(ToyEditor):
 def test_a_new_take_names_the_new_files(
     studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kontext_batch.editor.EngineEditor", lambda **options: SeededEditor())
-    monkeypatch.setattr("kontext_batch.editor.count_tokens", lambda model, prompt: 8)
-    entry = ModelEntry(
-        path=studio, sha256="a" * 64, signature="", layout="diffusers", native_area=64 * 64, text_length=64
-    )
-    Registry().with_model("toy", entry).write(studio / "models.json")
-    (studio / "shop.yaml").write_text(RECIPE)
+    write_shop(studio, monkeypatch, SeededEditor)
     assert main.main(["run", "shop.yaml"]) == 0
     capsys.readouterr()
     assert main.main(["runs", "retry", "1", "--only", "item=mug", "--step", "staged", "--take"]) == 0
@@ -186,3 +196,50 @@ def test_a_verb_without_its_noun_is_told_its_noun(verb: str, meant: str, capsys:
     assert f"No such command '{verb}'. Did you mean {meant}?" in capsys.readouterr().err
     assert main.main(["nonsense"]) == 2
     assert "No such command 'nonsense'." in capsys.readouterr().err
+
+
+class SlowEditor(ToyEditor):
+    """Before its first denoise step another worker has done everything else that is ready."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        super().__init__()
+        self._meanwhile = meanwhile
+
+    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
+        if not self.batches:
+            self._meanwhile()
+        return super().edit(jobs, on_step=on_step)
+
+
+def test_progress_counts_what_another_process_did_of_the_run(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def meanwhile() -> None:
+        editors.append(ToyEditor())
+        app = open_application(load_settings(), workspace=studio / "kontext-out", recipe_folder=studio)
+        worker = app.worker()
+        app.repository.register_worker(worker.info)
+        while worker.work_once():
+            pass
+        app.repository.retire_worker(worker.info.id)
+        app.close()
+
+    editors: list[ToyEditor] = [SlowEditor(meanwhile)]
+    write_shop(studio, monkeypatch, lambda: editors[-1])
+    monkeypatch.setenv("KONTEXT_BATCH_BATCH_ROWS", "1")
+    assert main.main(["run", "shop.yaml", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    first = next(each for each in told if each["event"] == "progress")
+    assert (first["steps_done"], first["steps"], first["denoise_step"]) == (5, 10, 1)
+
+
+def test_a_look_that_fails_stops_no_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    def look() -> RunSummary:
+        raise InfrastructureError("locked")
+
+    LineProgress(json=False, look=look).on_step(1, 8)
+    assert capsys.readouterr().err == "working, denoise step 1/8 of the batch\n"
+    bar = BarProgress(look)
+    bar._looked -= 60
+    with bar:
+        bar.on_step(1, 8)
