@@ -123,6 +123,8 @@ def retry(
 ) -> None:
     """Make failed steps again, or with --take unloved pictures, and work on them.
 
+    With --take standard output names the new files; so does `files` of the event `finished`.
+
     Example: kontext-batch runs retry 12 --only item=RX-100,scene=terrace --take
     """
     chosen = common.selection(only, None)

@@ -167,7 +167,12 @@ def translate(error: exc.DBAPIError) -> KontextBatchError | None:
             return StorageReadOnly(f"the database may not be written to ({said})")
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             return SettingsError(f"the database file is damaged, or no SQLite database ({said})")
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return InfrastructureError(
+                f"another process has been writing in the same workspace for more than {BUSY_SECONDS} s ({said}); "
+                "nothing is lost: when it is done or stopped, the same command goes on"
+            )
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
             return InfrastructureError(f"the database did not do its part: {said}")
         return None
     state = _sqlstate(error)

@@ -107,9 +107,9 @@ def test_a_retry_of_a_clean_run_says_that_nothing_failed(done: Path, capsys: pyt
         "run 1 done: 4 done (0 were cached); 4 of 4 outputs delivered",
     ]
     assert main.main(["runs", "retry", "1", "--step", "made", "--json"]) == 0
-    told = capsys.readouterr()
-    assert [json.loads(line)["event"] for line in told.out.splitlines()] == ["finished"]
-    assert told.err.startswith("nothing that is meant of run 1 failed")
+    said = capsys.readouterr()
+    assert [json.loads(line)["event"] for line in said.out.splitlines()] == ["finished"]
+    assert said.err.startswith("nothing that is meant of run 1 failed")
 
 
 def test_a_retry_delivers_what_could_not_be_delivered(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,3 +243,18 @@ def test_a_look_that_fails_stops_no_batch(capsys: pytest.CaptureFixture[str]) ->
     bar._looked -= 60
     with bar:
         bar.on_step(1, 8)
+
+
+def test_a_locked_database_says_who_holds_it_and_that_nothing_is_lost(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["submit", "sizes.yaml"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("kontext_batch.lineage.engine.BUSY_SECONDS", 0.05)
+    with contextlib.closing(sqlite3.connect(studio / "kontext-out" / "kontext.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert main.main(["run", "sizes.yaml"]) == 1
+    told = capsys.readouterr().err
+    assert "another process has been writing in the same workspace for more than 0.05 s" in told
+    assert "nothing is lost: when it is done or stopped, the same command goes on" in told
+    assert main.main(["run", "sizes.yaml"]) == 0
