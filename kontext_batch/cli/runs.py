@@ -187,7 +187,7 @@ def _tell_again(before: RunSummary, count: int, *, going: bool, failed: bool) ->
         output.tell(f"no step of run {before.id} failed; {undelivered} {outputs} will be delivered again")
     else:
         what = f"of run {before.id}" if failed else f"that is meant of run {before.id}"
-        output.tell(f"nothing {what} failed, nothing is made again; --take makes pictures anew that are done")
+        output.tell(f"nothing {what} failed, nothing is made again; for other pictures: --only or --step, with --take")
 
 
 def step_table(rows: Sequence[StepRow]) -> None:

@@ -103,7 +103,7 @@ def test_a_retry_of_a_clean_run_says_that_nothing_failed(done: Path, capsys: pyt
     assert main.main(["runs", "retry", "1", "--failed"]) == 0
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "nothing of run 1 failed, nothing is made again; --take makes pictures anew that are done",
+        "nothing of run 1 failed, nothing is made again; for other pictures: --only or --step, with --take",
         "run 1 done: 4 done (0 were cached); 4 of 4 outputs delivered",
     ]
     assert main.main(["runs", "retry", "1", "--step", "made", "--json"]) == 0
