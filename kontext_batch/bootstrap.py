@@ -203,6 +203,9 @@ def open_application(
     writable = (*own, *map(prefix_uri, settings.write_prefixes))
     registry = with_shipped(Registry.read(settings.models_file), settings.models_file)
     repository = _repository(url if aside is None else f"sqlite:///{Path(aside.name) / DATABASE}", registry)
+    keys = ObjectKeys(objects)
+    if settings.database_url is None and not settings.objects:
+        repository.follow_artifacts(keys.prefix)
     return Application(
         settings=settings,
         workspace=workspace,
@@ -213,7 +216,7 @@ def open_application(
             s3_endpoint=settings.s3_endpoint,
             s3_region=settings.s3_region,
         ),
-        artifact_keys=ObjectKeys(objects),
+        artifact_keys=keys,
         registry=registry,
         wake_ups=NoWakeUps(),
         content_filter=CommandFilter(settings.content_filter) if settings.content_filter else None,

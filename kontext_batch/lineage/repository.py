@@ -185,6 +185,11 @@ class SqlRepository:
     def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
         self._db.write(garbage.lost_artifact, sha256, delete)
 
+    def follow_artifacts(self, prefix: str) -> None:
+        """Artifacts lie under `prefix`, wherever the workspace was when they were made."""
+        if not self._db.read(garbage.lie_under, prefix):
+            self._db.write(garbage.follow_artifacts, prefix)
+
     def orphaned_uploads(self) -> Sequence[str]:
         return self._db.read(garbage.orphaned_uploads)
 

@@ -258,3 +258,21 @@ def test_a_locked_database_says_who_holds_it_and_that_nothing_is_lost(
     assert "another process has been writing in the same workspace for more than 0.05 s" in told
     assert "nothing is lost: when it is done or stopped, the same command goes on" in told
     assert main.main(["run", "sizes.yaml"]) == 0
+
+
+def test_a_workspace_that_was_moved_has_its_work_still(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is computed again, and a picture that was delivered elsewhere comes from the objects as they lie now."""
+    moved = done.parent / f"{done.name} moved"
+    done.rename(moved)
+    monkeypatch.chdir(moved)
+    (moved / "out" / "mug_small.png").unlink()
+    assert main.main(["run", "sizes.yaml"]) == 0
+    assert "0 steps to run, 4 cached" in capsys.readouterr().err
+    assert (moved / "out" / "mug_small.png").is_file()
+    application = open_application(load_settings(), workspace=moved / "kontext-out")
+    kept = list(application.repository.artifact_uris())
+    assert len(kept) == 4
+    assert all(application.store.read(uri) for uri in kept)
+    application.close()
