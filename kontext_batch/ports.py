@@ -470,6 +470,10 @@ class Repository(Protocol):
         """URIs of what the run delivered, without the pictures that were there before it, in plan order."""
         ...
 
+    def failed_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
+        """(URI, error) of what could not be brought where the recipe wants it, in plan order."""
+        ...
+
     def fail_delivery(self, delivery_id: int, error: str) -> None: ...
 
     # ---- questions

@@ -152,7 +152,8 @@ def report(
     bad = (StepState.FAILED, StepState.QUARANTINED)
     failed = [] if code == EXIT_DONE else application.repository.run_steps(summary.id, states=bad)
     folders = output_folders(paths)
-    files = list(map(_shown, application.repository.made_files(summary.id))) if name_files else []
+    lost = application.repository.failed_deliveries(summary.id) if summary.failed_deliveries else []
+    files = list(map(shown_uri, application.repository.made_files(summary.id))) if name_files else []
     if as_json:
         output.event(
             "finished",
@@ -163,6 +164,7 @@ def report(
             delivered=summary.delivered,
             deliveries=summary.deliveries,
             failures=[{"step": each.id, "node": each.node, "axes": each.axes, "error": each.error} for each in failed],
+            undelivered=[{"path": path, "error": error} for path, error in lost],
             outputs=folders,
             **({"files": files} if name_files else {}),
             exit=code,
@@ -172,8 +174,8 @@ def report(
 
     for each in failed:
         output.tell(f"failed: {each.node} {axes_text(each.axes)}: {each.error}")
-    if summary.failed_deliveries:
-        output.tell(f"{summary.failed_deliveries} outputs could not be delivered: see `kontext-batch runs show`")
+    for path, error in lost:
+        output.tell(undelivered_line(path, error))
     counts = ", ".join(f"{count} {state}" for state, count in sorted(summary.steps.items()))
     output.tell(
         f"run {summary.id} {summary.state}: {counts} ({summary.cached} were cached); "
@@ -182,6 +184,11 @@ def report(
     for place in files or folders:
         output.say(place)
     return code
+
+
+def undelivered_line(path: str, error: str) -> str:
+    """Most errors name the file themselves."""
+    return f"not delivered: {error}" if path in error else f"not delivered: {shown_uri(path)}: {error}"
 
 
 def output_folders(paths: Sequence[str]) -> list[str]:
@@ -193,11 +200,11 @@ def output_folders(paths: Sequence[str]) -> list[str]:
     folders = []
     for scheme, places in stores.items():
         common_path = os.path.commonpath([os.path.dirname(each) for each in places])
-        folders.append(_shown(f"{scheme}://{common_path}/"))
+        folders.append(shown_uri(f"{scheme}://{common_path}/"))
     return folders
 
 
-def _shown(uri: str) -> str:
+def shown_uri(uri: str) -> str:
     from kontext_batch.storage.uris import file_path
 
     return file_path(uri) if uri.startswith("file:") else uri

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.cli.run import report, submitted, work
+from kontext_batch.cli.run import report, submitted, undelivered_line, work
 from kontext_batch.errors import ObjectNotFound
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def show(
     ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """A run and its steps.
+    """A run, its steps, and what could not be delivered.
 
     Example: kontext-batch runs show 12 --state failed
     """
@@ -101,11 +101,15 @@ def show(
     with common.opened(workspace) as application:
         summary = application.repository.run(number)
         rows = application.repository.run_steps(number, states=states)
+        lost = application.repository.failed_deliveries(number)
     if as_json:
-        output.say_json({"run": summary, "steps": rows})
+        undelivered = [{"path": path, "error": error} for path, error in lost]
+        output.say_json({"run": summary, "steps": rows, "undelivered": undelivered})
         return
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}; {_steps(summary)}" + _finished(summary))
     step_table(rows)
+    for path, error in lost:
+        output.say(undelivered_line(path, error))
 
 
 @app.command()

@@ -66,6 +66,15 @@ def made_files(conn: sa.Connection, run_id: int) -> list[str]:
     return list(conn.scalars(query))
 
 
+def failed_deliveries(conn: sa.Connection, run_id: int) -> list[tuple[str, str]]:
+    query = (
+        sa.select(DELIVERIES.path, DELIVERIES.error)
+        .where(DELIVERIES.run_id == run_id, DELIVERIES.state == "failed")
+        .order_by(DELIVERIES.id)
+    )
+    return [(row.path, row.error or "") for row in conn.execute(query)]
+
+
 def fail_delivery(conn: sa.Connection, delivery_id: int, error: str) -> None:
     conn.execute(
         sa.update(t.deliveries).where(DELIVERIES.id == delivery_id).values(state="failed", error=stored_text(error))

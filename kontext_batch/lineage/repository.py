@@ -151,6 +151,9 @@ class SqlRepository:
     def made_files(self, run_id: int) -> Sequence[str]:
         return self._db.read(deliveries.made_files, run_id)
 
+    def failed_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
+        return self._db.read(deliveries.failed_deliveries, run_id)
+
     def fail_delivery(self, delivery_id: int, error: str) -> None:
         self._db.write(deliveries.fail_delivery, delivery_id, error)
 

@@ -295,6 +295,7 @@ def test_retry_delivers_what_could_not_be_delivered(repository: SqlRepository) -
     first, second = repository.pending_deliveries()
     repository.record_delivery(first.id, path=first.path, version=1)
     repository.fail_delivery(second.id, "the folder is read-only")
+    assert repository.failed_deliveries(run_id) == [(second.path, "the folder is read-only")]
     assert repository.finish_runs() == [(run_id, RunState.PARTIAL)]
     assert repository.run(run_id).failed_deliveries == 1
     assert repository.retry_run(run_id) == 0

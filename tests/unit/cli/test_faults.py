@@ -276,3 +276,17 @@ def test_a_workspace_that_was_moved_has_its_work_still(
     assert len(kept) == 4
     assert all(application.store.read(uri) for uri in kept)
     application.close()
+
+
+def test_what_could_not_be_delivered_is_named_with_its_reason(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "out").write_text("a file where the folder should be")
+    assert main.main(["run", "sizes.yaml"]) == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not delivered: ")]
+    assert len(told) == 4
+    assert str(studio / "out" / "bag_small.png") in told[0]
+    assert main.main(["runs", "show", "1"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("not delivered: ")] == told
+    (studio / "out").unlink()
+    assert main.main(["run", "sizes.yaml", "--json"]) == 0
+    *_, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (last["delivered"], last["undelivered"]) == (4, [])
