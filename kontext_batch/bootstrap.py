@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from kontext_batch import editor
-from kontext_batch.errors import SettingsError
+from kontext_batch.errors import ObjectNotFound, SettingsError
 from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.operations.pictures import probe
@@ -204,18 +204,19 @@ def open_application(
     registry = with_shipped(Registry.read(settings.models_file), settings.models_file)
     repository = _repository(url if aside is None else f"sqlite:///{Path(aside.name) / DATABASE}", registry)
     keys = ObjectKeys(objects)
+    store = open_store(
+        [*readable, objects],
+        [*writable, objects],
+        s3_endpoint=settings.s3_endpoint,
+        s3_region=settings.s3_region,
+    )
     if settings.database_url is None and not settings.objects:
-        repository.follow_artifacts(keys.prefix)
+        _follow_move(repository, store, keys)
     return Application(
         settings=settings,
         workspace=workspace,
         repository=repository,
-        store=open_store(
-            [*readable, objects],
-            [*writable, objects],
-            s3_endpoint=settings.s3_endpoint,
-            s3_region=settings.s3_region,
-        ),
+        store=store,
         artifact_keys=keys,
         registry=registry,
         wake_ups=NoWakeUps(),
@@ -225,6 +226,20 @@ def open_application(
         database_url=url,
         aside=aside,
     )
+
+
+def _follow_move(repository: SqlRepository, store: ObjectStore, keys: ObjectKeys) -> None:
+    """Where database and objects are the workspace's own and were moved or copied together, name the objects anew.
+
+    Objects that lie elsewhere because `objects` was set when they were made are not here, and stay as they are named.
+    """
+    known = repository.artifact_elsewhere(keys.prefix)
+    if known is None or not known.startswith("file:"):
+        return
+    old, *name = known.rsplit("/", 3)  # ab/cd/abcd....png
+    with contextlib.suppress(ObjectNotFound):
+        store.head(keys.prefix + "/".join(name))
+        repository.follow_artifacts(f"{old}/", keys.prefix)
 
 
 def make_folder(workspace: Path) -> None:

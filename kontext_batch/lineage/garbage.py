@@ -88,27 +88,6 @@ def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | Non
         delete(uri)
 
 
-def lie_under(conn: sa.Connection, prefix: str) -> bool:
-    """Whether artifacts lie under `prefix`; a workspace moves as a whole, so that one of them tells."""
-    known = conn.scalar(sa.select(ARTIFACTS.uri).limit(1))
-    return known is None or known.startswith(prefix)
-
-
-def follow_artifacts(conn: sa.Connection, prefix: str) -> None:
-    """The workspace was moved or copied, files and database together: its artifacts lie under `prefix` now."""
-    if lie_under(conn, prefix):
-        return
-    known = conn.scalars(sa.select(ARTIFACTS.uri).limit(1)).one()
-    old = known.rsplit("/", 3)[0] + "/"  # without ab/cd/abcd....png
-    for column in (ARTIFACTS.uri, UPLOADS.uri):
-        rest = sa.func.substr(column, len(old) + 1)
-        conn.execute(
-            sa.update(column.table)
-            .where(sa.func.substr(column, 1, len(old)) == old)
-            .values(uri=sa.literal(prefix).concat(rest))
-        )
-
-
 def orphaned_uploads(conn: sa.Connection) -> list[str]:
     orphans = sa.select(UPLOADS.uri).where(UPLOADS.state == "orphaned").distinct()
     named = sa.select(ARTIFACTS.uri).where(ARTIFACTS.collected_at.is_(None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import claim, commit, deliveries, garbage, queries, runs, submit
+from kontext_batch.lineage import claim, commit, deliveries, garbage, moving, queries, runs, submit
 from kontext_batch.lineage.engine import Transactions, open_database
 from kontext_batch.lineage.verify import Violation, verify
 from kontext_batch.planning.plan import Axes, Plan
@@ -188,10 +188,13 @@ class SqlRepository:
     def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
         self._db.write(garbage.lost_artifact, sha256, delete)
 
-    def follow_artifacts(self, prefix: str) -> None:
-        """Artifacts lie under `prefix`, wherever the workspace was when they were made."""
-        if not self._db.read(garbage.lie_under, prefix):
-            self._db.write(garbage.follow_artifacts, prefix)
+    def artifact_elsewhere(self, prefix: str) -> str | None:
+        """URI of some kept artifact that does not lie under `prefix`; none while a worker is at work."""
+        return self._db.read(moving.artifact_elsewhere, prefix)
+
+    def follow_artifacts(self, old: str, new: str) -> None:
+        """What was kept under the prefix `old` lies under `new`; unfinished runs end as cancelled."""
+        self._db.write(moving.follow_artifacts, old, new)
 
     def orphaned_uploads(self) -> Sequence[str]:
         return self._db.read(garbage.orphaned_uploads)

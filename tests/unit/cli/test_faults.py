@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -260,21 +261,45 @@ def test_a_locked_database_says_who_holds_it_and_that_nothing_is_lost(
     assert main.main(["run", "sizes.yaml"]) == 0
 
 
-def test_a_workspace_that_was_moved_has_its_work_still(
-    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_workspace_that_was_moved_or_copied_has_its_work_still(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
-    """Nothing is computed again, and a picture that was delivered elsewhere comes from the objects as they lie now."""
-    moved = done.parent / f"{done.name} moved"
-    done.rename(moved)
-    monkeypatch.chdir(moved)
-    (moved / "out" / "mug_small.png").unlink()
+    """Nothing is computed again, and a picture to deliver comes from the objects as they lie now."""
+    assert main.main(["submit", "sizes.yaml"]) == 0  # and never worked on
+    new = done.parent / f"{done.name} {how}"
+    if how == "moved":
+        done.rename(new)
+    else:
+        shutil.copytree(done, new)
+    monkeypatch.chdir(new)
+    (new / "out" / "mug_small.png").unlink()
     assert main.main(["run", "sizes.yaml"]) == 0
     assert "0 steps to run, 4 cached" in capsys.readouterr().err
-    assert (moved / "out" / "mug_small.png").is_file()
-    application = open_application(load_settings(), workspace=moved / "kontext-out")
+    assert (new / "out" / "mug_small.png").is_file()
+    application = open_application(load_settings(), workspace=new / "kontext-out")
     kept = list(application.repository.artifact_uris())
     assert len(kept) == 4
-    assert all(application.store.read(uri) for uri in kept)
+    assert all(uri.startswith(application.artifact_keys.prefix) and application.store.read(uri) for uri in kept)
+    assert [run.state for run in application.repository.runs()] == ["done", "cancelled", "done"]
+    assert not application.repository.verify()
+    application.close()
+
+
+def test_objects_that_lie_elsewhere_on_purpose_stay_as_they_are_named(
+    studio: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`objects` set for the run and forgotten afterwards is no move."""
+    elsewhere = tmp_path_factory.mktemp("objects")
+    monkeypatch.setenv("KONTEXT_BATCH_OBJECTS", str(elsewhere))
+    assert main.main(["run", "sizes.yaml"]) == 0
+    monkeypatch.delenv("KONTEXT_BATCH_OBJECTS")
+    assert main.main(["status"]) == 0
+    monkeypatch.setenv("KONTEXT_BATCH_OBJECTS", str(elsewhere))
+    application = open_application(load_settings(), workspace=studio / "kontext-out")
+    kept = list(application.repository.artifact_uris())
+    assert len(kept) == 4
+    assert all(uri.startswith(application.artifact_keys.prefix) for uri in kept)
     application.close()
 
 
