@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,11 +164,12 @@ def prepared(
     chosen: Selection,
     *,
     takes: Mapping[InstanceId, int] | None = None,
+    within: Set[InstanceId] | None = None,
 ) -> Prepared:
-    """Plan the recipe, or read the plan. Raises `RecipeError` and `PlanRefused`."""
+    """Plan the recipe, or read the plan. `within`: nothing but these. Raises `RecipeError` and `PlanRefused`."""
     planner = application.planner()
     if not at.is_plan:
-        return planner.from_recipe(at.uri, shown=at.shown, selection=chosen, takes=takes)
+        return planner.from_recipe(at.uri, shown=at.shown, selection=chosen, takes=takes, within=within)
     if chosen.only or chosen.limit is not None:
         raise typer.BadParameter("a plan is taken whole: use --only and --limit when it is made", param_hint="--only")
     return planner.from_plan(read_plan(application, at), at.uri)

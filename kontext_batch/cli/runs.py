@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.cli.run import report, submitted, undelivered_line, work
-from kontext_batch.errors import ObjectNotFound
+from kontext_batch.cli.run import report, shown_uri, submitted, undelivered_line, work
+from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
     from kontext_batch.ports import RunSummary, StepRow
@@ -141,14 +142,18 @@ def retry(
     number = questions.run_number(run)
     with common.opened(workspace) as application:
         summary = application.repository.run(number)
+        if workspace is None and application.settings.database_url is None:
+            _check_beside(application.workspace, summary)
     with common.opened(workspace, source=summary.source) as application:
         paths: list[str] = []
         if take:
             at = common.target_of(summary.source)
             if at.is_plan:
                 raise typer.BadParameter("the run came from a plan: run its recipe first", param_hint="--take")
-            takes = questions.next_takes(application.repository, common.prepared(application, at, chosen), step)
-            ready = common.prepared(application, at, chosen, takes=takes)
+            within = questions.instances_of(application.repository, number)
+            before = common.prepared(application, at, chosen, within=within)
+            takes = questions.next_takes(application.repository, before, step)
+            ready = common.prepared(application, at, chosen, takes=takes, within=within)
             paths = [each.path for each in ready.plan.deliveries]
             number = submitted(application, ready, priority=summary.priority, as_json=as_json)
         else:
@@ -177,6 +182,19 @@ def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
             raise ObjectNotFound(f"run {number} has ended already: {summary.state}")
         count = application.repository.cancel_run(number)
     output.say(f"run {number} is cancelled; {count} steps will not be computed")
+
+
+def _check_beside(workspace: Path, summary: RunSummary) -> None:
+    """Raises `SettingsError` for a run whose recipe does not lie beside the workspace.
+
+    A project that was moved or copied has runs of its old folder: going on with one would write there.
+    """
+    folder = common.folder_of(summary.source)
+    if folder is not None and (folder / common.WORKSPACE).resolve() != workspace:
+        raise SettingsError(
+            f"run {summary.id} was made from {shown_uri(summary.source)}; run the recipe from where it lies now, "
+            f"or name this workspace with --workspace to go on there"
+        )
 
 
 def _tell_again(before: RunSummary, count: int, *, going: bool, failed: bool) -> None:

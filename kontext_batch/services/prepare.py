@@ -15,6 +15,7 @@ from kontext_batch.planning.listing import AdapterInfo, Listed, ModelInfo
 from kontext_batch.planning.params import SAMPLING
 from kontext_batch.planning.plan import Axes, Plan
 from kontext_batch.planning.planner import plan_recipe
+from kontext_batch.planning.slices import only_of, part_of
 from kontext_batch.planning.states import LIVE, StepState
 from kontext_batch.ports import NewRun, Repository, StoredInstance, WakeUps
 from kontext_batch.recipes.loader import Recipe
@@ -75,8 +76,12 @@ class Planner:
         shown: str,
         selection: Selection | None = None,
         takes: Mapping[InstanceId, int] | None = None,
+        within: Set[InstanceId] | None = None,
     ) -> Prepared:
-        """Plan the recipe at `uri`. Raises `RecipeError` and `PlanRefused` (too many instances)."""
+        """Plan the recipe at `uri`. Raises `RecipeError` and `PlanRefused` (too many instances).
+
+        `within`: the instances of an earlier run; nothing is planned that it did not have.
+        """
         chosen = selection or Selection()
         recipe, text = self.looker.recipe(uri, shown=shown)
         base = base_of(uri)
@@ -93,11 +98,13 @@ class Planner:
             lane_seconds=self.repository.lane_seconds(),
             default_seconds=self.default_seconds,
             takes={**earlier_takes(previous), **(takes or {})},
-            only=chosen.only,
+            only=chosen.only if within is None else only_of(within, chosen.only, recipe, listed),
             limit=chosen.limit,
             numeric_mode=self.numeric_mode,
             max_instances=self.max_instances,
         )
+        if within is not None:
+            plan = part_of(plan, within)
         return self._prepared(plan, previous, uri, text, chosen, recipe, made_from(recipe, listed, uri))
 
     def from_plan(self, plan: Plan, uri: str) -> Prepared:

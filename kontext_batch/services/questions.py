@@ -122,6 +122,11 @@ def chosen_keys(
     return keys
 
 
+def instances_of(repository: Repository, run_id: int) -> frozenset[InstanceId]:
+    """What the run is made of."""
+    return frozenset((row.node, row.axes, row.candidate) for row in repository.run_steps(run_id))
+
+
 def next_takes(repository: Repository, ready: Prepared, nodes: Sequence[str] | None) -> Mapping[InstanceId, int]:
     """The next take for each sampled instance that was selected; shared steps above that name fewer axes stay.
 

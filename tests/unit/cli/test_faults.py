@@ -315,3 +315,35 @@ def test_what_could_not_be_delivered_is_named_with_its_reason(studio: Path, caps
     assert main.main(["run", "sizes.yaml", "--json"]) == 0
     *_, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert (last["delivered"], last["undelivered"]) == (4, [])
+
+
+@pytest.mark.parametrize("part", [["--limit", "1"], ["--only", "item=bag,scene=beach"]])
+def test_a_new_take_stays_within_what_the_run_had(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: list[str]
+) -> None:
+    write_shop(studio, monkeypatch, SeededEditor)
+    assert main.main(["run", "shop.yaml", *part]) == 0
+    capsys.readouterr()
+    for run, version in (("1", "v2"), ("2", "v3")):  # a take of a take, too
+        assert main.main(["runs", "retry", run, "--step", "staged", "--take"]) == 0
+        assert capsys.readouterr().out.splitlines() == [str(studio / "out" / f"bag_beach.{version}.png")]
+    assert main.main(["runs", "retry", "1", "--only", "item=mug", "--take"]) == 2
+    assert capsys.readouterr().err == "nothing that a model makes is meant by --only and --step\n"
+    assert sorted(file.name for file in (studio / "out").iterdir()) == [
+        "bag_beach.png",
+        "bag_beach.v2.png",
+        "bag_beach.v3.png",
+    ]
+
+
+@pytest.mark.parametrize("what", [["--failed"], ["--step", "made"], ["--step", "made", "--take"]])
+def test_a_retry_in_a_moved_project_leaves_the_old_folder_alone(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: list[str]
+) -> None:
+    new = done.parent / f"{done.name} moved"
+    done.rename(new)
+    monkeypatch.chdir(new)
+    assert main.main(["runs", "retry", "1", *what]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"run 1 was made from {done / 'sizes.yaml'}; run the recipe from where it lies now")
+    assert not done.exists()
