@@ -40,7 +40,7 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Ends with a usage error for a verb that belongs to a noun."""
         verb = args[0]
-        if verb not in self.commands:
+        if verb not in self.commands and not ctx.resilient_parsing:  # which is how completion looks at a line
             nouns = [name for name, each in self.commands.items() if verb in getattr(each, "commands", {})]
             if nouns:
                 meant = " or ".join(f"'{noun} {verb}'" for noun in nouns)

@@ -264,3 +264,16 @@ def test_durations_and_folders_read_well() -> None:
     assert [duration(each) for each in (12.2, 200, 3900)] == ["12 s", "3 min 20 s", "1 h 5 min"]
     paths = ["file:///a/b%20c/x/1.png", "file:///a/b%20c/y/2.png", "s3://dam/spring/1.png"]
     assert output_folders(paths) == ["/a/b c/", "s3://dam/spring/"]
+
+
+@pytest.mark.parametrize("line", ["kontext-batch retry ", "kontext-batch nonsense ", "kontext-batch runs retry --ta"])
+def test_completion_of_a_half_written_line_tells_no_error(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_KONTEXT_BATCH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - (not line.endswith(" "))))
+    assert main.main([]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert ("--take" in said.out) == line.endswith("--ta")
