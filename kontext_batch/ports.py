@@ -28,6 +28,18 @@ class ObjectInfo:
     modified: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder as it really lies, for comparing places that differ as text and are one."""
+
+    uri: str
+    """No symbolic link is left in it; ends in `/`."""
+    folders: frozenset[str] = frozenset()
+    """Names in it, decoded, that are folders: no object can take them."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Name in it, as a URI has it, that is a symbolic link -> URI of what it leads to."""
+
+
 class ObjectStore(Protocol):
     """Bytes at URIs. `s3://bucket/key` and `file:///absolute/path`; one test suite runs over every implementation.
 
@@ -64,6 +76,14 @@ class ObjectStore(Protocol):
 
     def delete(self, uri: str) -> None:
         """Remove the object; that nothing is there is no error."""
+        ...
+
+    def folder(self, uri: str, *, write: bool = False) -> Folder:
+        """The folder at `uri`, which ends in `/` and need not exist yet.
+
+        `write`: whether something is to be put there. Raises `NotAllowed`, `StorageReadOnly` or `InfrastructureError`
+        where it is plain by now that this cannot be; a store that has no folders finds nothing against it.
+        """
         ...
 
 

@@ -139,7 +139,13 @@ class Planner:
         done = frozenset(key for key, state in states.items() if state is StepState.DONE)
         live = frozenset(key for key, state in states.items() if state in LIVE)
         explained = explain(plan, previous, done=done, live=live, recipe=recipe)
-        faults = delivery_faults(plan, writable=self.writable, protected=protected, kept_prefixes=self.kept_prefixes)
+        faults = delivery_faults(
+            plan,
+            self.looker.store,
+            writable=self.writable,
+            protected=protected,
+            kept_prefixes=self.kept_prefixes,
+        )
         refusals = (*faults, *budget_reasons(plan, done=done), *self._unfiltered(plan))
         return Prepared(plan, explained, refusals, source, text, selection)
 

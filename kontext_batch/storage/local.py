@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from urllib.parse import quote_from_bytes
 
 from kontext_batch.errors import (
     InfrastructureError,
@@ -20,7 +21,7 @@ from kontext_batch.errors import (
     StorageFull,
     StorageReadOnly,
 )
-from kontext_batch.ports import ObjectInfo
+from kontext_batch.ports import Folder, ObjectInfo
 from kontext_batch.storage.uris import FILE_SCHEME, Prefixes, file_path, file_uri, is_hidden, refusal
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -114,6 +115,20 @@ class LocalStore:
                 return  # no object lies there
             os.unlink(target)
             _sync_folder(folder)
+
+    def folder(self, uri: str, *, write: bool = False) -> Folder:
+        path = file_path(uri).rstrip("/")
+        prefixes, verb = (self._writable, "written") if write else (self._readable, "read")
+        if not prefixes.hold(path):
+            raise refusal(uri, verb, prefixes, FILE_SCHEME)
+        with _errors(uri, write=write):
+            real = os.path.realpath(path or "/")
+            if not _real(prefixes).hold(real):
+                raise NotAllowed(f"{uri} leads by a symbolic link out of the folders that may be {verb}")
+            if write:
+                _refuse_closed(uri, real)
+            folders, links = _folders_and_links(real)
+        return Folder(file_uri(real.rstrip("/") + "/"), folders, links)
 
     # ------------------------------------------------------------------------------------------- what is allowed
 
@@ -209,6 +224,30 @@ def _quietly_is_dir(entry: os.DirEntry[str]) -> bool:
 def _refuse_folder(uri: str, target: str) -> None:
     if os.path.isdir(target) and not os.path.islink(target):
         raise NotAllowed(f"{uri}: a folder is there already")
+
+
+def _refuse_closed(uri: str, folder: str) -> None:
+    """Raise what making a file in `folder`, and `folder` itself where it is not there, would meet; make nothing."""
+    while not os.path.lexists(folder) and folder != "/":
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageReadOnly(f"{uri} may not be written: {folder} is closed to this user, or read-only")
+
+
+def _folders_and_links(folder: str) -> tuple[frozenset[str], dict[str, str]]:
+    """What `Folder` tells of the names in `folder`; nothing of a folder that is not there or does not show them."""
+    folders: set[str] = set()
+    links: dict[str, str] = {}
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                leads_to = os.path.realpath(os.path.join(folder, entry.name))
+                links[quote_from_bytes(os.fsencode(entry.name))] = file_uri(leads_to)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.add(entry.name)
+    return frozenset(folders), links
 
 
 @contextmanager

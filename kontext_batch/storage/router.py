@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from kontext_batch.errors import NotAllowed
-from kontext_batch.ports import ObjectInfo, ObjectStore
+from kontext_batch.ports import Folder, ObjectInfo, ObjectStore
 from kontext_batch.storage.local import LocalStore
 from kontext_batch.storage.uris import FILE_SCHEME, S3_SCHEME, scheme_of
 
@@ -34,6 +34,9 @@ class StoreRouter:
 
     def delete(self, uri: str) -> None:
         self._of(uri).delete(uri)
+
+    def folder(self, uri: str, *, write: bool = False) -> Folder:
+        return self._of(uri).folder(uri, write=write)
 
     def _of(self, uri: str) -> ObjectStore:
         scheme = scheme_of(uri)

@@ -27,7 +27,7 @@ from kontext_batch.errors import (
     StorageFull,
     StorageReadOnly,
 )
-from kontext_batch.ports import ObjectInfo
+from kontext_batch.ports import Folder, ObjectInfo
 from kontext_batch.storage.uris import S3_SCHEME, Prefixes, is_hidden, refusal, s3_place, s3_uri
 
 if TYPE_CHECKING:
@@ -165,6 +165,14 @@ class S3Store:
                 raise
             finally:
                 self._client.delete_object(Bucket=bucket, Key=key)
+
+    def folder(self, uri: str, *, write: bool = False) -> Folder:
+        """A bucket has no folders and no links: the place is what it is called."""
+        place = "/".join(s3_place(uri)).rstrip("/")
+        prefixes = self._writable if write else self._readable
+        if not prefixes.hold(place):
+            raise refusal(uri, "written" if write else "read", prefixes, S3_SCHEME)
+        return Folder(uri)
 
     # ------------------------------------------------------------------------------------------- what is allowed
 

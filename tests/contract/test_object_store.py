@@ -263,6 +263,14 @@ WRITING: list[Callable[[ObjectStore, str], Any]] = [
 ]
 
 
+def test_a_folder_is_told_as_it_lies_before_anything_is_written(place: Place) -> None:
+    assert place.store.folder(place.uri("new/"), write=True).uri == place.uri("new/")
+    assert place.store.folder(place.uri("new/", root="source")).uri == place.uri("new/", root="source")
+    with pytest.raises(NotAllowed):
+        place.store.folder(place.uri("new/", root="source"), write=True)
+    assert names(place, place.uri("")) == []
+
+
 def test_a_read_prefix_may_be_read_and_not_written(place: Place) -> None:
     place.put_behind("source/a.png", b"photo")
     uri = place.uri("a.png", root="source")

@@ -106,6 +106,76 @@ def test_the_workspace_itself_is_out_of_reach(studio: Studio) -> None:
         studio.recipe.write_text(text)
 
 
+def refused(studio: Studio, to: str) -> str:
+    text = studio.recipe.read_text()
+    studio.recipe.write_text(text.replace("out/${item}_${scene}.${ext}", to).replace("version}", "replace}"))
+    try:
+        with pytest.raises(PlanRefused) as caught:
+            studio.submit(selection=Selection(only={"item": ["mug"], "scene": ["snow"]}))
+    finally:
+        studio.recipe.write_text(text)
+    return str(caught.value)
+
+
+def test_sources_and_workspace_are_out_of_reach_through_a_symbolic_link(studio: Studio) -> None:
+    (studio.folder / "alias").symlink_to("photos")
+    (studio.folder / "ws").symlink_to(studio.app.workspace)
+    (studio.folder / "photos" / "cup.png").symlink_to("../shelf/real.png")
+    (studio.folder / "shelf").mkdir()
+    Image.new("RGB", (8, 8)).save(studio.folder / "shelf" / "real.png")
+    assert "made from" in refused(studio, "alias/mug.png")
+    assert "made from" in refused(studio, "alias/bag.png"), "the selection leaves it out, and it is a source"
+    assert "made from" in refused(studio, "shelf/real.png"), "a source is a link to it"
+    assert "belongs to the workspace" in refused(studio, "ws/kontext.db")
+    assert "belongs to the workspace" in refused(studio, "ws/objects/a.png")
+
+
+def test_the_workspace_is_out_of_reach_in_other_case(studio: Studio) -> None:
+    planner, prepared = studio.app.planner(), studio.prepare()
+    first, *rest = prepared.plan.deliveries
+    place = file_uri(studio.app.workspace).replace("/ws", "/WS") + "/Kontext.DB"
+    planner = replace(planner, writable=(*planner.writable, file_uri(studio.folder.parent)))
+    plan = replace(prepared.plan, deliveries=(replace(first, path=place), *rest))
+    assert "belongs to the workspace" in planner.from_plan(plan, prepared.source).refusals[0]
+
+
+def test_two_outputs_that_a_link_makes_one_file_are_refused(studio: Studio) -> None:
+    (studio.folder / "out").mkdir()
+    (studio.folder / "alias").symlink_to("out")
+    outputs = '  - {from: "${finish}", to: "alias/${item}_${scene}.${ext}", if_exists: replace}\n'
+    studio.recipe.write_text(studio.recipe.read_text() + outputs)
+    with pytest.raises(PlanRefused, match="are one file"):
+        studio.submit()
+
+
+def test_places_that_cannot_work_are_refused_before_anything_is_computed(studio: Studio, tmp_path: Path) -> None:
+    (studio.folder / "full" / "a.png").mkdir(parents=True)
+    (studio.folder / "file").write_text("x")
+    (studio.folder / "away").symlink_to(tmp_path)
+    assert "a folder is there already" in refused(studio, "full/a.png")
+    assert "a file stands where a folder is needed" in refused(studio, "file/below/a.png")
+    assert "leads by a symbolic link out" in refused(studio, "away/a.png")
+
+
+def test_a_closed_folder_is_told_once_and_each_folder_is_looked_at_once(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (studio.folder / "out").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("/out"))
+    looked: list[str] = []
+    folder = type(studio.app.store).folder
+
+    def looking(self: object, uri: str, *, write: bool = False) -> object:
+        looked.append(uri if write else "")
+        return folder(self, uri, write=write)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(studio.app.store), "folder", looking)
+    with pytest.raises(PlanRefused, match="closed to this user") as caught:
+        studio.submit()
+    assert len(caught.value.reasons) == 1
+    assert looked.count(file_uri(studio.folder / "out") + "/") == 1
+
+
 def test_a_plan_whose_paths_were_changed_by_hand_is_refused(studio: Studio) -> None:
     prepared = studio.prepare()
     first, *rest = prepared.plan.deliveries
