@@ -205,6 +205,8 @@ class _Join:
         for each in found:
             name = uris.file_name(each.uri)
             stem = name.rpartition(".")[0] or name
+            if not stem.isprintable():  # it goes to a terminal, as the key of a row
+                stem = stem.encode("unicode_escape").decode()
             if isinstance(each, FileProblem):
                 self.unusable(axis, stem, each.uri, 0, each.reason, ("inputs", axis, "glob"))
                 continue

@@ -98,14 +98,22 @@ class Looker:
         return {uri: each if isinstance(each, ImageInfo) else None for uri, each in found.items()}
 
     def _records(self, objects: Sequence[ObjectInfo]) -> Mapping[str, InputRecord]:
-        """What is known of each object, from the database where its ETag stands, else by reading it."""
+        """What is known of each object, from the database where its ETag stands, else by reading it.
+
+        A file that may not be read, or is gone by now, is a problem of that file, as one that is no picture is.
+        """
         known = self.repository.inputs([each.uri for each in objects])
         records: dict[str, InputRecord] = {}
         fresh: list[InputRecord] = []
         for each in objects:
             record = known.get(each.uri)
             if record is None or record.etag != each.etag:
-                record = self._probe(each)
+                try:
+                    record = self._probe(each)
+                except (NotAllowed, ObjectNotFound) as error:
+                    # Not remembered: whoever lets it be read changes no ETag.
+                    records[each.uri] = _unusable(each, str(error).removeprefix(each.uri).lstrip(": "))
+                    continue
                 fresh.append(record)
                 if len(fresh) >= REMEMBER_EVERY:
                     self.repository.remember_inputs(fresh)
@@ -116,23 +124,24 @@ class Looker:
         return records
 
     def _probe(self, info: ObjectInfo) -> InputRecord:
-        def unusable(problem: str, sha256: str = "") -> InputRecord:
-            return InputRecord(info.uri, info.etag, sha256, info.bytes, 0, 0, "", problem)
-
         if info.bytes > self.max_input_bytes:
-            return unusable(f"{info.bytes} bytes; at most {self.max_input_bytes} are read")
+            return _unusable(info, f"{info.bytes} bytes; at most {self.max_input_bytes} are read")
         data = self.store.read(info.uri, etag=info.etag, max_bytes=self.max_input_bytes)
         sha256 = sha256_hex(data)
         try:
             kind, width, height = self.probe(data)
         except StepError as error:
-            return unusable(str(error), sha256)
+            return _unusable(info, str(error), sha256)
         return InputRecord(info.uri, info.etag, sha256, len(data), width, height, kind)
 
 
 def base_of(uri: str) -> str:
     """URI of the folder that a recipe lies in, ending in `/`."""
     return uri.rpartition("/")[0] + "/"
+
+
+def _unusable(info: ObjectInfo, problem: str, sha256: str = "") -> InputRecord:
+    return InputRecord(info.uri, info.etag, sha256, info.bytes, 0, 0, "", problem)
 
 
 def _found(record: InputRecord) -> Found:
