@@ -301,7 +301,10 @@ class RunSummary:
     """Steps that were already done when the run was submitted."""
     deliveries: int
     delivered: int
+    """Settled: delivered, or left out on purpose."""
     failed_deliveries: int
+    skipped_deliveries: int = 0
+    """Those of `delivered` that were left out: something was there, or a newer run had delivered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,8 +485,16 @@ class Repository(Protocol):
         """Deliveries whose step is done."""
         ...
 
-    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: bool = False) -> None:
-        """The image lies at `path` now (with its version in the name), or was skipped because something was there."""
+    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: str | None = None) -> None:
+        """The image lies at `path` now (with its version in the name), or was left out; `skipped` says why."""
+        ...
+
+    def newer_delivery(self, run_id: int, path: str) -> int | None:
+        """The newest run after `run_id` that has delivered to exactly `path`; None when none has."""
+        ...
+
+    def skipped_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
+        """(URI, reason) of what was left out on purpose, in plan order."""
         ...
 
     def made_files(self, run_id: int) -> Sequence[str]:

@@ -38,19 +38,19 @@ def pending_deliveries(conn: sa.Connection, run_id: int | None = None, *, limit:
     ]
 
 
-def record_delivery(conn: sa.Connection, delivery_id: int, *, path: str, version: int, skipped: bool) -> None:
+def record_delivery(conn: sa.Connection, delivery_id: int, *, path: str, version: int, skipped: str | None) -> None:
     outputs = t.step_outputs.c
     sha256 = sa.select(outputs.sha256).where(outputs.step_id == DELIVERIES.step_id, outputs.slot == "image")
     conn.execute(
         sa.update(t.deliveries)
         .where(DELIVERIES.id == delivery_id)
         .values(
-            state="skipped" if skipped else "delivered",
+            state="delivered" if skipped is None else "skipped",
             sha256=sha256.scalar_subquery(),
             delivered_path=path,
             version=version,
             delivered=now(),
-            error=None,
+            error=None if skipped is None else stored_text(skipped),
         )
     )
 
@@ -66,10 +66,22 @@ def made_files(conn: sa.Connection, run_id: int) -> list[str]:
     return list(conn.scalars(query))
 
 
-def failed_deliveries(conn: sa.Connection, run_id: int) -> list[tuple[str, str]]:
+def newer_delivery(conn: sa.Connection, run_id: int, path: str) -> int | None:
+    """By way of the newer runs, of which there are few, and the index over run and path."""
+    query = (
+        sa.select(sa.func.max(t.runs.c.id))
+        .join(t.deliveries, (DELIVERIES.run_id == t.runs.c.id) & (DELIVERIES.path == path))
+        .where(t.runs.c.id > run_id, DELIVERIES.state == "delivered", DELIVERIES.delivered_path == path)
+    )
+    newest: int | None = conn.scalar(query)
+    return newest
+
+
+def not_arrived(conn: sa.Connection, run_id: int, state: str) -> list[tuple[str, str]]:
+    """(path as the recipe wants it, why) of the run's deliveries that are `failed` or `skipped`."""
     query = (
         sa.select(DELIVERIES.path, DELIVERIES.error)
-        .where(DELIVERIES.run_id == run_id, DELIVERIES.state == "failed")
+        .where(DELIVERIES.run_id == run_id, DELIVERIES.state == state)
         .order_by(DELIVERIES.id)
     )
     return [(row.path, row.error or "") for row in conn.execute(query)]

@@ -145,14 +145,20 @@ class SqlRepository:
     def pending_deliveries(self, run_id: int | None = None, *, limit: int = 100) -> Sequence[PendingDelivery]:
         return self._db.read(deliveries.pending_deliveries, run_id, limit=limit)
 
-    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: bool = False) -> None:
+    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: str | None = None) -> None:
         self._db.write(deliveries.record_delivery, delivery_id, path=path, version=version, skipped=skipped)
+
+    def newer_delivery(self, run_id: int, path: str) -> int | None:
+        return self._db.read(deliveries.newer_delivery, run_id, path)
+
+    def skipped_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
+        return self._db.read(deliveries.not_arrived, run_id, "skipped")
 
     def made_files(self, run_id: int) -> Sequence[str]:
         return self._db.read(deliveries.made_files, run_id)
 
     def failed_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
-        return self._db.read(deliveries.failed_deliveries, run_id)
+        return self._db.read(deliveries.not_arrived, run_id, "failed")
 
     def fail_delivery(self, delivery_id: int, error: str) -> None:
         self._db.write(deliveries.fail_delivery, delivery_id, error)

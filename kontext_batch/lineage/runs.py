@@ -202,6 +202,7 @@ def _summary(
         deliveries=sum(deliveries.values()),
         delivered=sum(deliveries.get(state, 0) for state in ARRIVED),
         failed_deliveries=deliveries.get("failed", 0),
+        skipped_deliveries=deliveries.get("skipped", 0),
     )
 
 

@@ -248,7 +248,7 @@ deliveries = sa.Table(
     _ref("step_id", "steps.id"),
     sa.Column("path", sa.Text, nullable=False),  # as the recipe wants it
     sa.Column("if_exists", sa.Text, nullable=False),
-    # waiting (for its step), pending (to be delivered now), delivered, skipped (something was there), failed
+    # waiting (for its step), pending (to be delivered now), delivered, skipped (`error` says why), failed
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("sha256", sa.Text, sa.ForeignKey("artifacts.sha256")),  # what was delivered
     sa.Column("delivered_path", sa.Text),  # where it lies, with its version

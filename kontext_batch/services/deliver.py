@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from kontext_batch.errors import InfrastructureError, KontextBatchError, ObjectNotFound, StorageReadOnly
+from kontext_batch.errors import InfrastructureError, KontextBatchError, NotAllowed, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository
 from kontext_batch.services.artifacts import read_artifact
@@ -27,8 +27,8 @@ class Placed:
     path: str
     version: int
     """1 for the path itself, n for `name.vN.ext`."""
-    skipped: bool = False
-    """Something was there and the recipe says to leave it."""
+    skipped: str | None = None
+    """Why it was left out; None when it was not."""
 
 
 def versioned(path: str, version: int) -> str:
@@ -47,7 +47,7 @@ def deliver_pending(
     run_id: int | None = None,
     content_filter: ContentFilter | None = None,
 ) -> int:
-    """Deliver everything that is finished; returns how many arrived.
+    """Deliver everything that is finished; returns how many are settled.
 
     A delivery that cannot be made, or that the content filter does not allow, is recorded as failed. Raises
     `InfrastructureError` (a full disk, a store that does not answer) with the rest still pending.
@@ -56,7 +56,7 @@ def deliver_pending(
     while pending := repository.pending_deliveries(run_id):
         for delivery in pending:
             try:
-                placed = place(store, delivery, read_artifact(repository, store, delivery.artifact), content_filter)
+                placed = _placed(repository, store, delivery, content_filter)
             except KontextBatchError as error:
                 if isinstance(error, InfrastructureError) and not isinstance(error, StorageReadOnly):
                     raise  # the next would meet the same; what is pending stays so, and the same command goes on
@@ -68,16 +68,26 @@ def deliver_pending(
     return delivered
 
 
-def place(
-    store: ObjectStore, delivery: PendingDelivery, data: bytes, content_filter: ContentFilter | None = None
+def _placed(
+    repository: Repository, store: ObjectStore, delivery: PendingDelivery, content_filter: ContentFilter | None
 ) -> Placed:
+    """`place`, unless a newer run was faster: a run that stood still and goes on brings what is out of date."""
+    data = read_artifact(repository, store, delivery.artifact)
+    if content_filter is not None and not content_filter.allows(data):
+        raise KontextBatchError(f"{delivery.path}: the content filter does not allow this image")
+    if delivery.if_exists == "replace":  # the only policy that takes anything away; looked up last, just before that
+        newer = repository.newer_delivery(delivery.run_id, delivery.path)
+        if newer is not None:
+            return Placed(delivery.path, 1, skipped=f"run {newer} is newer and has delivered there")
+    return place(store, delivery, data)
+
+
+def place(store: ObjectStore, delivery: PendingDelivery, data: bytes) -> Placed:
     """Write one image, `data`, to its path under its policy.
 
     Raises the store's errors, and `KontextBatchError` for `fail`.
     """
     artifact = delivery.artifact
-    if content_filter is not None and not content_filter.allows(data):
-        raise KontextBatchError(f"{delivery.path}: the content filter does not allow this image")
 
     def write_new(path: str) -> bool:
         return store.write_if_absent(path, data, media_type=artifact.media_type)
@@ -89,7 +99,7 @@ def place(
     if write_new(delivery.path) or _holds(store, delivery.path, artifact.sha256, artifact.bytes):
         return Placed(delivery.path, 1)
     if delivery.if_exists == "skip":
-        return Placed(delivery.path, 1, skipped=True)
+        return Placed(delivery.path, 1, skipped="something is there already")
     if delivery.if_exists == "fail":
         raise KontextBatchError(f"{delivery.path}: another image is there already, and the recipe says if_exists: fail")
     for version in range(2, MAX_VERSIONS):
@@ -104,5 +114,5 @@ def _holds(store: ObjectStore, path: str, sha256: str, size: int) -> bool:
     try:
         info = store.head(path)
         return info.bytes == size and sha256_hex(store.read(path)) == sha256
-    except ObjectNotFound:
+    except (ObjectNotFound, NotAllowed):  # not allowed: a link that leads out of what may be read; not these bytes
         return False

@@ -383,9 +383,25 @@ def test_a_skipped_delivery_counts_as_arrived(repository: SqlRepository) -> None
     run_id = submit(repository, make_plan({"a": []}, deliver=["a"]))
     finish(repository)
     [pending] = repository.pending_deliveries()
-    repository.record_delivery(pending.id, path=pending.path, version=1, skipped=True)
+    repository.record_delivery(pending.id, path=pending.path, version=1, skipped="something is there already")
     assert repository.finish_runs() == [(run_id, RunState.DONE)]
-    assert repository.run(run_id).delivered == 1
+    summary = repository.run(run_id)
+    assert (summary.delivered, summary.skipped_deliveries) == (1, 1)
+    assert repository.skipped_deliveries(run_id) == [(pending.path, "something is there already")]
+    assert repository.failed_deliveries(run_id) == []
+
+
+def test_a_newer_run_that_delivered_to_a_path_is_known(repository: SqlRepository) -> None:
+    plan = make_plan({"a": [], "b": []}, deliver=["a", "b"])
+    old, new = submit(repository, plan), submit(repository, plan)
+    finish(repository)
+    first, second = repository.pending_deliveries(new)
+    assert repository.newer_delivery(old, first.path) is None, "not yet"
+    repository.record_delivery(first.id, path=first.path, version=1)
+    repository.record_delivery(second.id, path=f"{second.path}.v2", version=2)
+    assert repository.newer_delivery(old, first.path) == new
+    assert repository.newer_delivery(old, second.path) is None, "it lies beside it"
+    assert repository.newer_delivery(new, first.path) is None
 
 
 def test_runs_are_listed_newest_first(repository: SqlRepository) -> None:

@@ -39,7 +39,7 @@ def deliver(studio: Studio, data: bytes, policy: str) -> tuple[str, int, bool]:
     artifact = Artifact(sha256, uri, "image/png", len(data), 1, 1)
     pending = PendingDelivery(1, 1, file_uri(studio.folder / "out" / "a.png"), policy, artifact)
     placed = place(studio.app.store, pending, data)
-    return placed.path.rpartition("/")[2], placed.version, placed.skipped
+    return placed.path.rpartition("/")[2], placed.version, placed.skipped is not None
 
 
 def test_version_keeps_what_is_there_and_knows_its_own_bytes(studio: Studio) -> None:
@@ -59,6 +59,24 @@ def test_skip_replace_and_fail(studio: Studio) -> None:
     assert there.read_bytes() == b"one"
     assert deliver(studio, b"two", "replace") == ("a.png", 1, False)
     assert there.read_bytes() == b"two"
+
+
+@pytest.mark.parametrize("policy", ["replace", "version", "skip", "fail"])
+def test_a_link_that_leads_outside_is_something_that_is_there(studio: Studio, tmp_path: Path, policy: str) -> None:
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(b"precious")
+    out = studio.folder / "out"
+    out.mkdir()
+    (out / "a.png").symlink_to(outside)
+    if policy == "fail":
+        with pytest.raises(KontextBatchError, match="another image is there already"):
+            deliver(studio, b"new", policy)
+    else:
+        name = "a.v2.png" if policy == "version" else "a.png"
+        assert deliver(studio, b"new", policy) == (name, 2 if policy == "version" else 1, policy == "skip")
+        assert ((out / name).read_bytes() == b"new") is (policy != "skip")
+    assert outside.read_bytes() == b"precious"
+    assert (out / "a.png").is_symlink() is (policy != "replace")
 
 
 @pytest.mark.parametrize("fault", ["gone", "damaged"])

@@ -141,6 +141,22 @@ def test_deliveries_wait_for_room_and_a_read_only_folder_is_told(
     assert (summary.state, summary.delivered, summary.failed_deliveries) == (RunState.FAILED, 0, 4)
 
 
+def test_an_old_run_that_goes_on_leaves_what_a_newer_run_delivered(studio: Studio) -> None:
+    studio.recipe.write_text(studio.recipe.read_text().replace("if_exists: version", "if_exists: replace"))
+    old = studio.submit()
+    studio.recipe.write_text(studio.recipe.read_text().replace("Change the", "Please change the"))
+    only = Selection(only={"item": ["mug"]})
+    new = studio.worker().run_until_done(studio.submit(selection=only))
+    assert new.skipped_deliveries == 0
+    newer = {name: (studio.folder / "out" / name).read_bytes() for name in studio.outputs()}
+    summary = studio.worker().run_until_done(old)
+    assert (summary.state, summary.delivered, summary.skipped_deliveries) == (RunState.DONE, 4, 2)
+    assert {name: (studio.folder / "out" / name).read_bytes() for name in newer} == newer
+    assert len(studio.outputs()) == 4, "what the newer run did not make has come"
+    reasons = {reason for _, reason in studio.app.repository.skipped_deliveries(old)}
+    assert reasons == {f"run {new.id} is newer and has delivered there"}
+
+
 def test_a_stop_gives_the_leases_back_at_the_next_denoise_step(studio: Studio) -> None:
     worker = studio.worker(batch_rows=2)
     run_id = studio.submit()
