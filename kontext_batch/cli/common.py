@@ -15,7 +15,7 @@ from kontext_batch.errors import InfrastructureError, SettingsError, StorageFull
 
 if TYPE_CHECKING:
     from kontext_batch.bootstrap import Application
-    from kontext_batch.planning.plan import Plan
+    from kontext_batch.planning.plan import Plan, SkippedRow
     from kontext_batch.services.prepare import InstanceId, Prepared, Selection
 
 NO_ROOM = 256 * 1024
@@ -173,6 +173,12 @@ def prepared(
     if chosen.only or chosen.limit is not None:
         raise typer.BadParameter("a plan is taken whole: use --only and --limit when it is made", param_hint="--only")
     return planner.from_plan(read_plan(application, at), at.uri)
+
+
+def skipped_line(row: SkippedRow) -> str:
+    """A row that takes no part; a file of a glob has no line."""
+    place = f"{row.file}:{row.line}" if row.line else row.file
+    return f"skipped {row.axis}={row.row}: {row.reason} ({place})"
 
 
 def read_plan(application: Application, at: Target) -> Plan:

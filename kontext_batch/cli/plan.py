@@ -73,7 +73,7 @@ def _print(ready: Prepared, *, why: bool) -> None:
             for reason, times in node.reasons[:3]:
                 output.say(f"{node.node} runs {times} time{'s' if times > 1 else ''}: {reason}")
     for row in made.skipped[:MOST_SKIPPED]:
-        output.say(f"skipped {row.axis}={row.row}: {row.reason} ({row.file}:{row.line})")
+        output.say(common.skipped_line(row))
     if len(made.skipped) > MOST_SKIPPED:
         output.say(f"... and {len(made.skipped) - MOST_SKIPPED} more rows skipped")
     for note in made.notes:

@@ -73,9 +73,13 @@ def submit(
 
 def announce(ready: Prepared, *, as_json: bool) -> None:
     """What the plan comes to, before anything is paid for. Raises `PlanRefused`."""
+    from kontext_batch.planning.limits import is_untimed
+
     states = [each.status for each in ready.explained]
     counts = {status: states.count(status) for status in ("run", "cached", "shared")}
-    seconds = sum(step.gpu_seconds for step in _running(ready))
+    running = _running(ready)
+    seconds = sum(step.gpu_seconds for step in running)
+    unknown = sum(map(is_untimed, running))
     if as_json:
         output.event(
             "planned",
@@ -84,6 +88,7 @@ def announce(ready: Prepared, *, as_json: bool) -> None:
             outputs=len(ready.plan.deliveries),
             skipped=len(ready.plan.skipped),
             gpu_seconds=seconds,
+            untimed=unknown,
             notes=ready.plan.notes,
         )
     else:
@@ -92,8 +97,11 @@ def announce(ready: Prepared, *, as_json: bool) -> None:
             f"{ready.plan.recipe}: {len(ready.plan.deliveries)} outputs; "
             f"{counts['run']} steps to run, {counts['cached']} cached, {counts['shared']} shared{about}"
         )
+        if unknown:
+            images = "1 image is" if unknown == 1 else f"{unknown} images are"
+            output.tell(f"{images} not in the estimate: nothing was timed with their model yet")
         for row in ready.plan.skipped:
-            output.tell(f"skipped {row.axis}={row.row}: {row.reason} ({row.file}:{row.line})")
+            output.tell(common.skipped_line(row))
     if ready.refusals:
         raise PlanRefused(ready.refusals)
 
@@ -164,7 +172,7 @@ def report(
             delivered=summary.delivered,
             deliveries=summary.deliveries,
             failures=[{"step": each.id, "node": each.node, "axes": each.axes, "error": each.error} for each in failed],
-            undelivered=[{"path": path, "error": error} for path, error in lost],
+            undelivered=undelivered_data(lost),
             outputs=folders,
             **({"files": files} if name_files else {}),
             exit=code,
@@ -184,6 +192,11 @@ def report(
     for place in files or folders:
         output.say(place)
     return code
+
+
+def undelivered_data(lost: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """What could not be delivered, for machines."""
+    return [{"path": path, "error": error} for path, error in lost]
 
 
 def undelivered_line(path: str, error: str) -> str:

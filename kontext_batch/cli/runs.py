@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.cli.run import report, shown_uri, submitted, undelivered_line, work
+from kontext_batch.cli.run import report, shown_uri, submitted, undelivered_data, undelivered_line, work
 from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def show(
         rows = application.repository.run_steps(number, states=states)
         lost = application.repository.failed_deliveries(number)
     if as_json:
-        undelivered = [{"path": path, "error": error} for path, error in lost]
-        output.say_json({"run": summary, "steps": rows, "undelivered": undelivered})
+        output.say_json({"run": summary, "steps": rows, "undelivered": undelivered_data(lost)})
         return
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}; {_steps(summary)}" + _finished(summary))
     step_table(rows)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 
 from kontext_batch.planning.listing import ModelInfo
 from kontext_batch.planning.params import SAMPLING
-from kontext_batch.planning.plan import ImageInfo, Plan
+from kontext_batch.planning.plan import ImageInfo, Plan, PlannedStep
 
 
 def gpu_seconds(plan: Plan, *, done: Container[str] = frozenset()) -> float:
@@ -14,16 +15,35 @@ def gpu_seconds(plan: Plan, *, done: Container[str] = frozenset()) -> float:
     return sum(step.gpu_seconds for step in plan.steps if step.key not in done)
 
 
+def is_untimed(step: PlannedStep) -> bool:
+    """Whether it makes an image of which there is no estimate: nothing like it was timed so far."""
+    return step.operation in SAMPLING and not step.gpu_seconds
+
+
 def budget_reasons(plan: Plan, *, done: Container[str] = frozenset()) -> tuple[str, ...]:
-    """Which part of the recipe's budget the plan exceeds. `done`: keys that need no computing."""
+    """Which part of the recipe's budget the plan exceeds. `done`: keys that need no computing.
+
+    What was never timed counts nothing, or nothing could ever be timed; but no image fits into no minutes.
+    """
     reasons = []
     minutes = gpu_seconds(plan, done=done) / 60
-    if "gpu_minutes" in plan.budget and minutes > plan.budget["gpu_minutes"]:
-        reasons.append(f"an estimated {minutes:.1f} GPU minutes, the budget is {plan.budget['gpu_minutes']:g}")
+    unknown = sum(is_untimed(step) for step in plan.steps if step.key not in done)
+    budget = plan.budget.get("gpu_minutes", math.inf)
+    if minutes > budget:
+        reasons.append(f"an estimated {_above(minutes, budget)} GPU minutes, the budget is {budget:.12g}")
+    elif unknown and budget <= 0:
+        images = "1 image" if unknown == 1 else f"{unknown} images"
+        reasons.append(f"{images} to sample, of which nothing was timed yet; the budget is {budget:.12g} GPU minutes")
     outputs = len(plan.deliveries)
     if "outputs" in plan.budget and outputs > plan.budget["outputs"]:
         reasons.append(f"{outputs} outputs, the budget is {plan.budget['outputs']:g}")
     return tuple(reasons)
+
+
+def _above(value: float, limit: float) -> str:
+    """`value` with one decimal, or with as many as show that it is above `limit`."""
+    decimals = next((number for number in range(1, 13) if round(value, number) > limit), 13)
+    return f"{value:.{decimals}f}"
 
 
 def sources(plan: Plan) -> Mapping[str, ImageInfo]:
@@ -34,13 +54,14 @@ def sources(plan: Plan) -> Mapping[str, ImageInfo]:
 def changed_inputs(plan: Plan, current: Mapping[str, ImageInfo | None]) -> tuple[str, ...]:
     """Which source pictures are not what they were when the plan was made.
 
-    `current`: URI -> what lies there now; None or left out when it is gone. A new ETag over the same bytes is none.
+    `current`: URI -> what lies there now; None or left out when it is gone or unusable. A new ETag over the same bytes
+    is no change.
     """
     reasons = []
     for uri, planned in sorted(sources(plan).items()):
         now = current.get(uri)
         if now is None:
-            reasons.append(f"{uri} is gone")
+            reasons.append(f"{uri} is gone or cannot be used any more")
         elif now.sha256 != planned.sha256:
             reasons.append(f"{uri} changed since the plan was made")
     return tuple(reasons)

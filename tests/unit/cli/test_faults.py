@@ -347,3 +347,28 @@ def test_a_retry_in_a_moved_project_leaves_the_old_folder_alone(
     told = capsys.readouterr().err
     assert told.startswith(f"run 1 was made from {done / 'sizes.yaml'}; run the recipe from where it lies now")
     assert not done.exists()
+
+
+def test_a_budget_holds_where_nothing_was_timed_yet(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shop(studio, monkeypatch, ToyEditor)
+    for minutes, code in ((0, 5), (1, 0)):
+        (studio / "shop.yaml").write_text(f"{RECIPE}budget: {{gpu_minutes: {minutes}}}\n")
+        assert main.main(["run", "shop.yaml"]) == code
+        told = capsys.readouterr().err.splitlines()
+        assert told[1] == "6 images are not in the estimate: nothing was timed with their model yet"
+        assert ("refused: 6 images to sample, of which nothing was timed yet" in told[2]) == (code == 5)
+    (studio / "shop.yaml").write_text(RECIPE)
+    assert main.main(["run", "shop.yaml"]) == 0
+    assert "not in the estimate" not in capsys.readouterr().err
+
+
+def test_a_skipped_file_of_a_glob_has_no_line(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "sizes.yaml").write_text(FINISH_ONLY.replace('"photos/*"', '"photos/*", on_missing: skip'))
+    (studio / "photos" / "empty.png").touch()
+    uri = (studio / "photos" / "empty.png").as_uri()
+    assert main.main(["plan", "sizes.yaml"]) == 0
+    assert f"skipped item=empty: empty (0 bytes) ({uri})\n" in capsys.readouterr().out
+    assert main.main(["run", "sizes.yaml"]) == 0
+    assert f"skipped item=empty: empty (0 bytes) ({uri})\n" in capsys.readouterr().err

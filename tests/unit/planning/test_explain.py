@@ -210,6 +210,30 @@ def test_a_budget_counts_what_is_not_done() -> None:
     )
 
 
+def with_minutes(minutes: float, **options: Any) -> Plan:
+    budget = f"budget: {{gpu_minutes: {minutes}}}"
+    return planned(RECIPE.replace("budget: {gpu_minutes: 1, outputs: 1}", budget), **options)
+
+
+def test_a_budget_of_no_minutes_holds_while_nothing_was_timed() -> None:
+    made = with_minutes(0)
+    told = "3 images to sample, of which nothing was timed yet; the budget is 0 GPU minutes"
+    assert budget_reasons(made) == (told,)
+    images = [step.key for step in made.steps if step.operation == "edit"]
+    assert budget_reasons(made, done=images[1:]) == (told.replace("3 images", "1 image"),)
+    assert budget_reasons(made, done=images) == ()
+    assert budget_reasons(with_minutes(0.001)) == ()
+
+
+def test_an_estimate_is_told_with_the_digits_that_show_it_above_the_budget() -> None:
+    for minutes, seconds, told in (
+        (0, 0.002, "an estimated 0.0001 GPU minutes, the budget is 0"),
+        (60, 1200.2, "an estimated 60.01 GPU minutes, the budget is 60"),
+        (1234567, 3e7, "an estimated 1500000.0 GPU minutes, the budget is 1234567"),
+    ):
+        assert budget_reasons(with_minutes(minutes, default_seconds=seconds)) == (told,)
+
+
 def test_inputs_that_changed_since_the_plan() -> None:
     made = planned()
     uri, planned_image = next(iter(sources(made).items()))
@@ -217,8 +241,8 @@ def test_inputs_that_changed_since_the_plan() -> None:
     assert changed_inputs(made, {uri: planned_image}) == ()
     other = image("photos/A.jpg", content="other")
     assert changed_inputs(made, {uri: other}) == (f"{uri} changed since the plan was made",)
-    assert changed_inputs(made, {}) == (f"{uri} is gone",)
-    assert changed_inputs(made, {uri: None}) == (f"{uri} is gone",)
+    assert changed_inputs(made, {}) == (f"{uri} is gone or cannot be used any more",)
+    assert changed_inputs(made, {uri: None}) == (f"{uri} is gone or cannot be used any more",)
 
 
 def test_models_that_changed_since_the_plan() -> None:
