@@ -159,8 +159,8 @@ class Executor:
             try:
                 for artifact, data in files.values():
                     self.store.write_if_absent(artifact.uri, data, media_type=artifact.media_type)
-            except (StorageFull, StorageReadOnly):
-                raise  # the next one would meet the same: the worker stops
+            except (StorageFull, StorageReadOnly, NotAllowed):
+                raise  # the next one would meet the same, however often it were computed: the worker stops
             except InfrastructureError as error:
                 results.append(failure(step, error))
                 continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from kontext_batch.errors import StorageFull, StorageReadOnly
+from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
 from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import Executor
@@ -165,8 +165,8 @@ class Worker:
         except Stopped:
             self._release(steps)
             return False
-        except (StorageFull, StorageReadOnly):
-            self._release(steps)  # nobody's fault: they wait until there is room
+        except (StorageFull, StorageReadOnly, NotAllowed):
+            self._release(steps)  # not their fault: they wait until there is room, or another place
             raise
         if report.fenced:
             log.warning("results dropped: another worker held these steps", steps=list(report.fenced))

@@ -277,8 +277,15 @@ def _make_folders(folder: str) -> None:
         missing.append(folder)
         folder = os.path.dirname(folder)
     for path in reversed(missing):
-        with suppress(FileExistsError):  # another writer made it meanwhile
+        try:
             os.mkdir(path)
+        except FileExistsError:
+            pass  # another writer made it meanwhile
+        except FileNotFoundError as error:
+            if not os.path.isdir(os.path.dirname(path)):
+                raise  # removed meanwhile: the next try makes it
+            # /proc and its like say so of every name.
+            raise StorageReadOnly(f"{file_uri(path)}: no folder can be made there") from error
         _sync_folder(os.path.dirname(path))
 
 

@@ -12,7 +12,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from kontext_batch.errors import InfrastructureError, PlanRefused, StepError, StorageFull, StorageReadOnly
+from kontext_batch.errors import (
+    InfrastructureError,
+    NotAllowed,
+    PlanRefused,
+    StepError,
+    StorageFull,
+    StorageReadOnly,
+)
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import EditJob, WorkerInfo
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
@@ -116,6 +123,24 @@ def test_a_full_store_stops_the_worker_and_costs_the_steps_nothing(
     states = {row.state for row in studio.app.repository.run_steps(run_id)}
     assert states == {StepState.READY, StepState.BLOCKED}
     assert all(row.attempts == 0 for row in studio.app.repository.run_steps(run_id))
+    assert studio.worker().run_until_done(run_id).state is RunState.DONE
+
+
+@pytest.mark.parametrize("error", [NotAllowed("not there"), StorageReadOnly("closed")], ids=["not allowed", "closed"])
+def test_a_store_that_refuses_each_put_stops_the_worker_at_once(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run_id = studio.submit()
+    with monkeypatch.context() as patch:
+
+        def refuse(*args: object, **kwargs: object) -> bool:
+            raise error
+
+        patch.setattr(type(studio.app.store), "write_if_absent", refuse)
+        with pytest.raises(type(error), match=str(error)):
+            studio.worker().run_until_done(run_id)
+    assert len(studio.editor.batches) == 1
+    assert studio.app.repository.run(run_id).finished is None
     assert studio.worker().run_until_done(run_id).state is RunState.DONE
 
 

@@ -359,6 +359,15 @@ def test_a_fifo_does_not_hold_the_reader(store: LocalStore, folder: Path) -> Non
     assert list(store.list(file_uri(folder))) == []
 
 
+def test_a_place_that_takes_no_folder_is_told_as_read_only(
+    store: LocalStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.mkdir", fail_with(errno.ENOENT))  # as /proc does
+    for write in WRITES:
+        with pytest.raises(StorageReadOnly, match="no folder can be made"):
+            write(store, file_uri(folder / "new" / "a.png"), b"x")
+
+
 def test_a_folder_in_the_way_is_told(store: LocalStore, folder: Path) -> None:
     (folder / "a.png").mkdir()
     (folder / "b.png").write_bytes(b"x")
