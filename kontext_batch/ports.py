@@ -26,6 +26,8 @@ class ObjectInfo:
     """Changes whenever the bytes change. S3: the ETag; a folder: size, mtime_ns and inode."""
     bytes: int
     modified: datetime
+    problem: str | None = None
+    """Why it is listed and may not be read; then ETag and size mean nothing, and a URI that ends in `/` is a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ class ObjectStore(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose URI starts with `prefix`, in code point order of the paths, lazily.
 
-        A prefix that ends in `/` is a folder. Hidden and unfinished files are left out, and what may not be read.
-        Raises `NotAllowed` at once.
+        A prefix that ends in `/` is a folder. Hidden and unfinished files are left out. What a symbolic link leads to
+        that may not be read comes with its `problem`, a folder as one. Raises `NotAllowed` at once.
         """
         ...
 

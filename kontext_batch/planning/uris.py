@@ -201,6 +201,16 @@ def assign(patterns: Iterable[str], uris: Iterable[str]) -> Mapping[str, tuple[s
     return found
 
 
+def reaches(pattern: str, folder: str) -> bool:
+    """Whether what lies below `folder`, a URI that ends in `/`, could match."""
+    wanted, there = pattern.split("/"), folder.split("/")[:-1]
+    deep = next((index for index, segment in enumerate(wanted) if "**" in segment), None)
+    if deep is None and len(wanted) <= len(there):
+        return False
+    depth = len(there) if deep is None else min(deep, len(there))
+    return _regex("/".join(wanted[:depth])).fullmatch("/".join(there[:depth])) is not None
+
+
 def file_name(uri: str) -> str:
     """The last segment as people read it."""
     name = uri.rpartition("/")[2]

@@ -78,12 +78,23 @@ class Looker:
     def find(self, patterns: Sequence[str]) -> Mapping[str, Sequence[Found]]:
         """Pattern -> the pictures, or unusable files, that match it."""
         objects: dict[str, ObjectInfo] = {}
+        closed: list[FileProblem] = []  # folders: which of their files match is unknown, so the folder is told
         for folder in uris.folders(patterns):
-            objects.update((each.uri, each) for each in self.store.list(folder))
+            for each in self.store.list(folder):
+                if each.problem is not None and each.uri.endswith("/"):
+                    closed.append(FileProblem(each.uri, each.problem))
+                else:
+                    objects[each.uri] = each
         matches = uris.assign(patterns, objects)
         wanted = sorted({uri for matched in matches.values() for uri in matched})
         records = self._records([objects[uri] for uri in wanted])
-        return {pattern: [_found(records[uri]) for uri in matched] for pattern, matched in matches.items()}
+        return {
+            pattern: [
+                *(_found(records[uri]) for uri in matched),
+                *(FileProblem(each.uri.rstrip("/"), each.reason) for each in closed if uris.reaches(pattern, each.uri)),
+            ]
+            for pattern, matched in matches.items()
+        }
 
     def current(self, wanted: Iterable[str]) -> Mapping[str, ImageInfo | None]:
         """What lies at each URI now; None where nothing usable does."""
@@ -106,6 +117,9 @@ class Looker:
         records: dict[str, InputRecord] = {}
         fresh: list[InputRecord] = []
         for each in objects:
+            if each.problem is not None:  # not remembered: it goes when the folders that may be read change
+                records[each.uri] = InputRecord(each.uri, each.etag, "", 0, 0, 0, "", each.problem)
+                continue
             record = known.get(each.uri)
             if record is None or record.etag != each.etag:
                 try:

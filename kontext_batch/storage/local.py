@@ -36,7 +36,7 @@ class LocalStore:
 
     `list(prefix)` compares text, as S3 does: `file:///a/im` lists `/a/im.png` and `/a/images/x.png`, `file:///a/im/`
     only the latter. A folder that is not there holds nothing. Names are listed in the code point order of their
-    paths, symbolic links are followed where they lead to an allowed place and left out where they do not.
+    paths, symbolic links are followed where they lead to an allowed place and listed with a problem where they do not.
 
     Two writers of one host, or of hosts that share a file system with hard links, may race. Where there are no hard
     links `write_if_absent` is safe only between processes of one host.
@@ -161,8 +161,11 @@ class LocalStore:
         """Files below `folder` whose relative path begins with `start`, one folder in memory at a time."""
         with _errors(file_uri(folder or "/"), write=False):
             real = os.path.realpath(folder or "/")
-            if real in above or (self._readable.hold(folder) and not _real(self._readable).hold(real)):
-                return  # a link back up, or out of what may be read
+            if real in above:
+                return  # a link back up
+            if self._readable.hold(folder) and not _real(self._readable).hold(real):
+                yield _leads_out(folder + "/")
+                return
             try:
                 with os.scandir(folder or "/") as entries:
                     found = [entry for entry in entries if entry.name.startswith(start)]
@@ -183,7 +186,7 @@ class LocalStore:
     def _listed(self, path: str, entry: os.DirEntry[str]) -> ObjectInfo | None:
         with _errors(file_uri(path), write=False):
             if entry.is_symlink() and not _real(self._readable).hold(os.path.realpath(path)):
-                return None
+                return _leads_out(path)
             try:
                 found = entry.stat()
             except OSError as error:
@@ -212,6 +215,11 @@ def _etag(found: os.stat_result) -> str:
 def _info(path: str, found: os.stat_result) -> ObjectInfo:
     modified = datetime.fromtimestamp(found.st_mtime, UTC)
     return ObjectInfo(uri=file_uri(path), etag=_etag(found), bytes=found.st_size, modified=modified)
+
+
+def _leads_out(path: str) -> ObjectInfo:
+    problem = "leads by a symbolic link out of the folders that may be read"
+    return ObjectInfo(uri=file_uri(path), etag="", bytes=0, modified=datetime.fromtimestamp(0, UTC), problem=problem)
 
 
 def _quietly_is_dir(entry: os.DirEntry[str]) -> bool:

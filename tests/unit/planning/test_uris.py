@@ -16,6 +16,7 @@ from kontext_batch.planning.uris import (
     literal,
     literal_prefix,
     one_file,
+    reaches,
 )
 
 S3, FOLDER = "s3://bucket/recipes/", "file:///srv/my%20recipes/"
@@ -122,6 +123,23 @@ def test_prefixes_end_at_folders() -> None:
 def test_names_of_files_as_people_read_them() -> None:
     assert file_name("file:///a/b%20c.jpg") == "b c.jpg"
     assert file_name("s3://b/c%20d.jpg") == "c%20d.jpg"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reached"),
+    [
+        ("file:///a/b/*", False),
+        ("file:///a/b/link/*.png", True),
+        ("file:///a/b/l*/x.png", True),
+        ("file:///a/b/other/x.png", False),
+        ("file:///a/**/*.png", True),
+        ("file:///a/b/link/**/x.png", True),
+        ("file:///a/b/link/deep/**/x.png", True),
+        ("file:///a/c/**/*.png", False),
+    ],
+)
+def test_what_could_match_below_a_folder(pattern: str, reached: bool) -> None:
+    assert reaches(pattern, "file:///a/b/link/") is reached
 
 
 def test_uris_that_may_be_one_file() -> None:

@@ -234,6 +234,31 @@ def test_unusable_photos_are_skipped_and_listed(studio: Studio) -> None:
     assert len(plan.deliveries) == 4
 
 
+def test_photos_behind_a_link_that_leads_out_are_skipped_and_listed(studio: Studio, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    Image.new("RGB", (8, 8)).save(away / "cup.png")
+    (studio.folder / "photos" / "cup.png").symlink_to(away / "cup.png")
+    (studio.folder / "photos" / "more").symlink_to(away)
+
+    def skipped(pattern: str) -> dict[str, str]:
+        text = studio.recipe.read_text()
+        studio.recipe.write_text(text.replace("photos/*", pattern))
+        try:
+            plan = studio.prepare().plan
+        finally:
+            studio.recipe.write_text(text)
+        return {row.row: row.reason for row in plan.skipped}
+
+    assert "out of the folders that may be read" in skipped("photos/*")["cup"]
+    assert skipped("photos/*").keys() == {"cup"}, "a folder was not asked for"
+    assert skipped("photos/**/*.png").keys() == {"cup", "more"}
+    studio.recipe.write_text(studio.recipe.read_text().replace("on_missing: skip", "on_missing: fail"))
+    for pattern in ("photos/cup.png", "photos/more/cup.png"):
+        with pytest.raises(RecipeError, match="out of the folders that may be read"):
+            skipped(pattern)
+
+
 def test_unusable_photos_fail_the_plan_where_the_recipe_says_so(studio: Studio) -> None:
     studio.recipe.write_text(studio.recipe.read_text().replace("on_missing: skip", "on_missing: fail"))
     (studio.folder / "photos" / "empty.png").touch()

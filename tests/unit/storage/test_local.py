@@ -298,8 +298,10 @@ def test_links_that_lead_out_are_refused(store: LocalStore, folder: Path, tmp_pa
         store.write(file_uri(folder / "dir" / "new.png"), b"x", media_type=PNG)
     with pytest.raises(NotAllowed, match="symbolic link"):
         store.delete(file_uri(folder / "dir" / "a.png"))
-    for prefix in ("", "dir/", "dir/a", "file"):
-        assert list(store.list(file_uri(folder) + "/" + prefix)) == []
+    for prefix, expected in (("", ["dir/", "file.png"]), ("dir/", ["dir/"]), ("file", ["file.png"])):
+        listed = list(store.list(file_uri(folder) + "/" + prefix))
+        assert [each.uri for each in listed] == [file_uri(folder) + "/" + name for name in expected]
+        assert all(each.problem is not None and "symbolic link" in each.problem for each in listed)
     assert files_below(secret) == ["a.png"]
 
 
