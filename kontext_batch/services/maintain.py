@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
 
+from kontext_batch.errors import NotAllowed, StorageReadOnly
 from kontext_batch.ports import ObjectStore, ReconcileReport, Repository, WorkerInfo
 
 MAX_LOSSES = 3
@@ -50,15 +52,19 @@ def collect_garbage(repository: Repository, store: ObjectStore, *, keep_bytes: i
     """Remove artifacts that can be computed again until at most `keep_bytes` are left, and orphaned uploads.
 
     The database forgets first: an object without a row is found by the next collection, a row without an object would
-    be a loss.
+    be a loss. What lies where this store may not delete (the setting `objects` was another one) stays, and stays known.
     """
     artifacts = repository.collectable(keep_bytes=keep_bytes)
     orphans = repository.orphaned_uploads()
     if dry_run:
         return Collected(len(artifacts), sum(artifact.bytes for artifact in artifacts), len(orphans))
-    count = freed = 0
+    count = freed = gone = 0
     for artifact in artifacts:
-        if repository.forget_artifact(artifact.sha256, store.delete):
-            count, freed = count + 1, freed + artifact.bytes
-    repository.forget_uploads(orphans, store.delete)
-    return Collected(count, freed, len(orphans))
+        with suppress(NotAllowed, StorageReadOnly):
+            if repository.forget_artifact(artifact.sha256, store.delete):
+                count, freed = count + 1, freed + artifact.bytes
+    for uri in orphans:
+        with suppress(NotAllowed, StorageReadOnly):
+            repository.forget_uploads([uri], store.delete)
+            gone += 1
+    return Collected(count, freed, gone)

@@ -254,6 +254,25 @@ def test_garbage_goes_oldest_first_and_comes_back_when_asked_for(studio: Studio)
     assert len(studio.editor.jobs) == 6
 
 
+def test_what_lies_where_nothing_may_be_deleted_stops_no_collection(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio.worker().run_until_done(studio.submit())
+    monkeypatch.setattr(studio.app.repository, "orphaned_uploads", lambda: ["file:///elsewhere/objects/a.png"])
+    delete = type(studio.app.store).delete
+    finished = list(studio.app.repository.artifact_uris())
+
+    def elsewhere(self: object, uri: str) -> None:
+        if uri == finished[0]:
+            raise NotAllowed(uri)
+        delete(self, uri)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(studio.app.store), "delete", elsewhere)
+    collected = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0)
+    assert (collected.artifacts, collected.orphans) == (len(finished) - 1, 0)
+    assert list(studio.app.repository.artifact_uris()) == finished[:1]
+
+
 def test_a_finished_run_leaves_no_more_than_the_size_limit(studio: Studio) -> None:
     worker = studio.worker()
     worker.keep_bytes = 3000
