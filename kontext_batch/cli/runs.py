@@ -159,7 +159,8 @@ def retry(
             keys = None if failed else questions.chosen_keys(application.repository, number, chosen.only, step)
             count = application.repository.retry_run(number, keys=keys)
             now = application.repository.run(number)
-            _tell_again(summary, count, going=now.finished is None, failed=failed)
+            waiting = application.repository.pending_deliveries(number, limit=summary.deliveries)
+            _tell_again(summary, count, len(waiting), going=now.finished is None, failed=failed)
             if now.finished is not None:
                 raise typer.Exit(report(application, now, paths, as_json=as_json))
         code = work(application, number, paths, as_json=as_json, name_files=take)
@@ -196,16 +197,16 @@ def _check_beside(workspace: Path, summary: RunSummary) -> None:
         )
 
 
-def _tell_again(before: RunSummary, count: int, *, going: bool, failed: bool) -> None:
-    """What a retry comes to: `count` steps, deliveries, or nothing at all."""
-    undelivered = before.deliveries - before.delivered
-    outputs = "output" if undelivered == 1 else "outputs"
+def _tell_again(before: RunSummary, count: int, waiting: int, *, going: bool, failed: bool) -> None:
+    """What a retry comes to: `count` steps, `waiting` deliveries, or nothing at all."""
+    outputs = "output" if waiting == 1 else "outputs"
     if count:
         output.tell(f"{count} {'step' if count == 1 else 'steps'} of run {before.id} will be made again")
     elif going and before.finished is None:
         output.tell(f"nothing of run {before.id} has failed so far; it goes on")
     elif going:
-        output.tell(f"no step of run {before.id} failed; {undelivered} {outputs} will be delivered again")
+        what = f"step of run {before.id}" if failed else f"step that is meant of run {before.id}"
+        output.tell(f"no {what} failed; {waiting} {outputs} will be delivered again")
     else:
         what = f"of run {before.id}" if failed else f"that is meant of run {before.id}"
         output.tell(f"nothing {what} failed, nothing is made again; for other pictures: --only or --step, with --take")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.errors import ObjectNotFound
+from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
     from kontext_batch.ports import AttemptRow, Repository, StepRow
@@ -113,23 +114,27 @@ def lineage(step: StepArgument, workspace: common.WorkspaceOption = None, as_jso
 
 
 def meant(repository: Repository, text: str) -> Sequence[StepRow]:
-    """The steps that `text` means; a file by the hash of its bytes, else by its path."""
+    """The steps that `text` means; a file by the hash of its bytes alone, for another's may lie where ours should.
+
+    Raises `ObjectNotFound`.
+    """
     from kontext_batch.hashing import sha256_hex
-    from kontext_batch.services.questions import found_steps
+    from kontext_batch.services.questions import found_steps, run_that_wanted
     from kontext_batch.storage.uris import file_uri
 
     path = Path(text)
-    if _is_file(path):
-        found = repository.find_steps(sha256_hex(path.read_bytes()))
-        if found:
-            return found
-        try:
-            return found_steps(repository, file_uri(path.absolute()))
-        except ObjectNotFound as error:
-            raise ObjectNotFound(
-                f"{text}: this picture was not made in this workspace, or was changed since"
-            ) from error
-    return found_steps(repository, text)
+    if not _is_file(path):
+        return found_steps(repository, text)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{text}: {error.strerror}") from error
+    found = repository.find_steps(sha256_hex(data))
+    if found:
+        return found
+    run = run_that_wanted(repository, file_uri(os.path.abspath(path)))
+    wanted = "" if run is None else f"; run {run} delivered there, or wanted to"
+    raise ObjectNotFound(f"{text}: this picture was not made in this workspace, or was changed since{wanted}")
 
 
 def _is_file(path: Path) -> bool:

@@ -75,6 +75,12 @@ def found_steps(repository: Repository, text: str, *, run_id: int | None = None)
     return found
 
 
+def run_that_wanted(repository: Repository, uri: str) -> int | None:
+    """The newest run that has an output at `uri`; None where none of the last ones has."""
+    runs = repository.runs(limit=HISTORY)
+    return next((run.id for run in runs if repository.find_steps(uri, run_id=run.id)), None)
+
+
 def one_step(repository: Repository, text: str) -> StepRow:
     """Exactly one step. Raises `ObjectNotFound` when none or several are meant."""
     found = found_steps(repository, text)
