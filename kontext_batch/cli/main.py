@@ -6,8 +6,8 @@ budget · 130 interrupted
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -101,6 +101,8 @@ def exit_code(error: BaseException) -> int:
         return 5
     if isinstance(error, StorageFull | StorageReadOnly | StepError):
         return 3
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 3
     return 2 if isinstance(error, AuthorError | ObjectNotFound) else 1
 
 
@@ -110,6 +112,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _ended(given)
+    except BrokenPipeError:  # whoever read our output has gone (`| head`)
+        output.silence()
+        return 1
+    except output.OutputLost as error:
+        output.tell(str(error))
+        output.silence()
+        return exit_code(error.__cause__ or error)
+
+
+def _ended(given: list[str]) -> int:
+    """Run one command, tell what it ends with, and return its exit code.
+
+    Raises `OutputLost` or `BrokenPipeError` when that cannot be told.
+    """
     as_json = "--json" in given
     try:
         app(args=given, prog_name="kontext-batch", standalone_mode=True)
@@ -124,10 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         _tell(error, code, as_json=as_json)
         return code
-    except BrokenPipeError:  # whoever read our output has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except (output.OutputLost, BrokenPipeError):
+        raise
     except Exception as error:
+        if exit_code(error) == 3:  # as for `--help`, which typer writes
+            raise output.OutputLost(f"no space is left to write to ({error})") from error
         where = _keep_traceback()
         output.tell(f"internal error: {type(error).__name__}: {error}\nthe traceback is in {where}; please report it")
         if as_json:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -24,6 +25,31 @@ def open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for good
+
+
+class OutputLost(Exception):
+    """Standard output cannot be written to, so nothing can be told there; `__cause__` is the `OSError`.
+
+    None of this project's errors: a step that meets it in the middle of a batch did not fail.
+    """
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """Raises `BrokenPipeError` when whoever read has gone, else `OutputLost`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputLost(f"standard output cannot be written to: {error.strerror or error}") from error
+
+
+def silence() -> None:
+    """Let everything that is written from here on go nowhere: Python tries once more when the process ends."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a stream of a test has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def has_ended() -> bool:
@@ -46,8 +72,9 @@ def as_json(value: Any) -> Any:
 
 def say(text: str = "") -> None:
     """A line of the result."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    with _written():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def tell(text: str) -> None:
@@ -83,4 +110,5 @@ def table(columns: list[str], rows: list[list[object]], *, right: tuple[int, ...
     console = Console()
     if not console.is_terminal:
         console = Console(width=10_000)
-    console.print(drawn)
+    with _written():
+        console.print(drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -372,3 +373,57 @@ def test_a_skipped_file_of_a_glob_has_no_line(studio: Path, capsys: pytest.Captu
     assert f"skipped item=empty: empty (0 bytes) ({uri})\n" in capsys.readouterr().out
     assert main.main(["run", "sizes.yaml"]) == 0
     assert f"skipped item=empty: empty (0 bytes) ({uri})\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        ("run sizes.yaml >/dev/full", 3, "standard output cannot be written to: No space left on device\n"),
+        ("run sizes.yaml --json >/dev/full", 3, "standard output cannot be written to: No space left on device\n"),
+        ("run none.yaml --json >/dev/full", 3, "standard output cannot be written to: No space left on device\n"),
+        ("--help >/dev/full", 3, "no space is left to write to ([Errno 28] No space left on device)\n"),
+        ("run sizes.yaml --json 2>&1 | true", 1, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_told_in_one_line(done: Path, command: str, code: int, told: str) -> None:
+    logs = done / "logs"
+    logs.mkdir()
+    line = f'set -o pipefail; "{sys.executable}" -m kontext_batch.cli.main {command}'
+    ended = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(logs)}
+    )
+    assert (ended.returncode, ended.stderr[-len(told) :]) == (code, told)
+    assert "internal error" not in ended.stderr
+    assert not list(logs.glob("kontext-batch*"))
+    with contextlib.closing(sqlite3.connect(done / "kontext-out" / "kontext.db")) as database:
+        assert database.execute("SELECT count(*) FROM workers WHERE retired IS NULL").fetchone() == (0,)
+
+
+def test_a_file_of_somebody_else_is_not_called_ours(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = done / "out" / "mug_small.png"
+    theirs.write_bytes(b"theirs")
+    for command in ("explain", "lineage", "steps show", "steps logs"):
+        for name, run in (("out/mug_small.png", "; run 1 delivered there, or wanted to"), ("photos/mug.png", "")):
+            assert main.main([*command.split(), name]) == 2
+            said = capsys.readouterr()
+            assert said.err == f"{name}: this picture was not made in this workspace, or was changed since{run}\n"
+            assert not said.out
+    theirs.unlink()
+    assert main.main(["explain", "out/mug_small.png"]) == 0  # where it should lie
+
+
+def test_a_retry_of_what_is_undelivered_says_nothing_of_other_steps(
+    studio: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (studio / "sizes.yaml").write_text(FINISH_ONLY.replace("if_exists: replace", "if_exists: fail"))
+    (studio / "out").mkdir()
+    (studio / "out" / "mug_small.png").write_bytes(b"another")
+    photo = studio / "photos" / "bag.png"
+    photo.write_bytes(photo.read_bytes()[:60])  # its header is sound
+    assert main.main(["run", "sizes.yaml"]) == 3
+    (studio / "out" / "mug_small.png").unlink()
+    capsys.readouterr()
+    assert main.main(["runs", "retry", "1", "--only", "item=mug"]) == 3
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "no step that is meant of run 1 failed; 1 output will be delivered again"
+    assert (studio / "out" / "mug_small.png").is_file()
