@@ -491,8 +491,8 @@ class Repository(Protocol):
         """The image lies at `path` now (with its version in the name), or was left out; `skipped` says why."""
         ...
 
-    def newer_delivery(self, run_id: int, path: str) -> int | None:
-        """The newest run after `run_id` that has delivered to exactly `path`; None when none has."""
+    def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
+        """What the newest run after `run_id` that has delivered to exactly `path` brought; None when none has."""
         ...
 
     def skipped_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
@@ -26,16 +28,7 @@ def pending_deliveries(conn: sa.Connection, run_id: int | None = None, *, limit:
     )
     if run_id is not None:
         query = query.where(DELIVERIES.run_id == run_id)
-    return [
-        PendingDelivery(
-            row.id,
-            row.run_id,
-            row.path,
-            row.if_exists,
-            Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height),
-        )
-        for row in conn.execute(query)
-    ]
+    return [_delivery(row) for row in conn.execute(query)]
 
 
 def record_delivery(conn: sa.Connection, delivery_id: int, *, path: str, version: int, skipped: str | None) -> None:
@@ -66,15 +59,19 @@ def made_files(conn: sa.Connection, run_id: int) -> list[str]:
     return list(conn.scalars(query))
 
 
-def newer_delivery(conn: sa.Connection, run_id: int, path: str) -> int | None:
+def newer_delivery(conn: sa.Connection, run_id: int, path: str) -> PendingDelivery | None:
     """By way of the newer runs, of which there are few, and the index over run and path."""
     query = (
-        sa.select(sa.func.max(t.runs.c.id))
+        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, *_columns())
+        .select_from(t.runs)
         .join(t.deliveries, (DELIVERIES.run_id == t.runs.c.id) & (DELIVERIES.path == path))
+        .join(t.artifacts, t.artifacts.c.sha256 == DELIVERIES.sha256)
         .where(t.runs.c.id > run_id, DELIVERIES.state == "delivered", DELIVERIES.delivered_path == path)
+        .order_by(t.runs.c.id.desc())
+        .limit(1)
     )
-    newest: int | None = conn.scalar(query)
-    return newest
+    newest = conn.execute(query).first()
+    return None if newest is None else _delivery(newest)
 
 
 def not_arrived(conn: sa.Connection, run_id: int, state: str) -> list[tuple[str, str]]:
@@ -91,6 +88,11 @@ def fail_delivery(conn: sa.Connection, delivery_id: int, error: str) -> None:
     conn.execute(
         sa.update(t.deliveries).where(DELIVERIES.id == delivery_id).values(state="failed", error=stored_text(error))
     )
+
+
+def _delivery(row: sa.Row[Any]) -> PendingDelivery:
+    artifact = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+    return PendingDelivery(row.id, row.run_id, row.path, row.if_exists, artifact)
 
 
 def _columns() -> list[sa.Column[object]]:

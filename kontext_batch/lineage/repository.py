@@ -148,7 +148,7 @@ class SqlRepository:
     def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: str | None = None) -> None:
         self._db.write(deliveries.record_delivery, delivery_id, path=path, version=version, skipped=skipped)
 
-    def newer_delivery(self, run_id: int, path: str) -> int | None:
+    def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
         return self._db.read(deliveries.newer_delivery, run_id, path)
 
     def skipped_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:

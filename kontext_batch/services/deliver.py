@@ -6,7 +6,7 @@ time changes nothing. Identical bytes never make a new version.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -75,11 +75,17 @@ def _placed(
     data = read_artifact(repository, store, delivery.artifact)
     if content_filter is not None and not content_filter.allows(data):
         raise KontextBatchError(f"{delivery.path}: the content filter does not allow this image")
-    if delivery.if_exists == "replace":  # the only policy that takes anything away; looked up last, just before that
+    if delivery.if_exists != "replace":  # the only policy that takes anything away
+        return place(store, delivery, data)
+    newer = repository.newer_delivery(delivery.run_id, delivery.path)
+    if newer is None:
+        placed = place(store, delivery, data)
         newer = repository.newer_delivery(delivery.run_id, delivery.path)
-        if newer is not None:
-            return Placed(delivery.path, 1, skipped=f"run {newer} is newer and has delivered there")
-    return place(store, delivery, data)
+        if newer is None:
+            return placed
+        # It delivered between the look and the write: put its image back.
+        place(store, replace(newer, if_exists="replace"), read_artifact(repository, store, newer.artifact))
+    return Placed(delivery.path, 1, skipped=f"run {newer.run_id} is newer and has delivered there")
 
 
 def place(store: ObjectStore, delivery: PendingDelivery, data: bytes) -> Placed:

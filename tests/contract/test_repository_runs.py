@@ -399,7 +399,7 @@ def test_a_newer_run_that_delivered_to_a_path_is_known(repository: SqlRepository
     assert repository.newer_delivery(old, first.path) is None, "not yet"
     repository.record_delivery(first.id, path=first.path, version=1)
     repository.record_delivery(second.id, path=f"{second.path}.v2", version=2)
-    assert repository.newer_delivery(old, first.path) == new
+    assert repository.newer_delivery(old, first.path) == first
     assert repository.newer_delivery(old, second.path) is None, "it lies beside it"
     assert repository.newer_delivery(new, first.path) is None
 

@@ -21,7 +21,7 @@ from kontext_batch.errors import (
     StorageReadOnly,
 )
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports import EditJob, WorkerInfo
+from kontext_batch.ports import EditJob, PendingDelivery, WorkerInfo
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
 from kontext_batch.services.maintain import collect_garbage, gone_workers
 from kontext_batch.services.prepare import Selection
@@ -166,7 +166,10 @@ def test_deliveries_wait_for_room_and_a_read_only_folder_is_told(
     assert (summary.state, summary.delivered, summary.failed_deliveries) == (RunState.FAILED, 0, 4)
 
 
-def test_an_old_run_that_goes_on_leaves_what_a_newer_run_delivered(studio: Studio) -> None:
+@pytest.mark.parametrize("stood_still", ["before it looked", "between look and write"])
+def test_an_old_run_that_goes_on_leaves_what_a_newer_run_delivered(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, stood_still: str
+) -> None:
     studio.recipe.write_text(studio.recipe.read_text().replace("if_exists: version", "if_exists: replace"))
     old = studio.submit()
     studio.recipe.write_text(studio.recipe.read_text().replace("Change the", "Please change the"))
@@ -174,6 +177,14 @@ def test_an_old_run_that_goes_on_leaves_what_a_newer_run_delivered(studio: Studi
     new = studio.worker().run_until_done(studio.submit(selection=only))
     assert new.skipped_deliveries == 0
     newer = {name: (studio.folder / "out" / name).read_bytes() for name in studio.outputs()}
+    newer_delivery, looks = studio.app.repository.newer_delivery, set[str]()
+
+    def late(run_id: int, path: str) -> PendingDelivery | None:
+        first = path not in looks
+        looks.add(path)
+        return None if first and stood_still == "between look and write" else newer_delivery(run_id, path)
+
+    monkeypatch.setattr(studio.app.repository, "newer_delivery", late)
     summary = studio.worker().run_until_done(old)
     assert (summary.state, summary.delivered, summary.skipped_deliveries) == (RunState.DONE, 4, 2)
     assert {name: (studio.folder / "out" / name).read_bytes() for name in newer} == newer
