@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -305,14 +306,17 @@ def test_objects_that_lie_elsewhere_on_purpose_stay_as_they_are_named(
 
 
 def test_what_could_not_be_delivered_is_named_with_its_reason(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (studio / "out").write_text("a file where the folder should be")
+    (studio / "sizes.yaml").write_text(FINISH_ONLY.replace("if_exists: replace", "if_exists: fail"))
+    (studio / "out").mkdir()
+    for item, size in itertools.product(("bag", "mug"), ("small", "large")):
+        (studio / "out" / f"{item}_{size}.png").write_bytes(b"another")
     assert main.main(["run", "sizes.yaml"]) == 3
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not delivered: ")]
     assert len(told) == 4
     assert str(studio / "out" / "bag_small.png") in told[0]
     assert main.main(["runs", "show", "1"]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("not delivered: ")] == told
-    (studio / "out").unlink()
+    shutil.rmtree(studio / "out")
     assert main.main(["run", "sizes.yaml", "--json"]) == 0
     *_, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert (last["delivered"], last["undelivered"]) == (4, [])
