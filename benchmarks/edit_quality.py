@@ -25,13 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-import engine
 from engine.geometry import sizes
 from engine.pipeline import KontextEngine
-from engine.training.evaluate import HELD_OUT_SEED, Outcome, evaluate, held_out, sheet
+from engine.training.evaluate import EQUAL, HELD_OUT_SEED, Outcome, evaluate, held_out, sheet
 from engine.training.instructions import KINDS, Example, unseen_example
+from kontext_batch.registry import shipped_folder
 
-MODEL = Path(engine.__path__[0]) / "models" / "tiny"
 GOALS = {
     "autoencoder_db": 33.0,
     "edit_db": 27.0,
@@ -67,7 +66,7 @@ class Measured:
         kept = None
         if (~changed).mean() >= LEAST_REGION:
             error = float(np.mean((edited - target)[~changed] ** 2))
-            kept = 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
+            kept = EQUAL if error == 0 else 10 * float(np.log10(255**2 / error))
         colour = None
         if outcome.example.kind in COLOURED and changed.mean() >= LEAST_REGION:
             colour = float(deltaE_ciede2000(_mean_lab(edited[changed]), _mean_lab(target[changed])))
@@ -85,7 +84,9 @@ def figures(measured: Sequence[Measured]) -> dict[str, float | None]:
     nearer = [each.outcome.nearer for each in measured if each.outcome.nearer is not None]
     kept = [each.kept_db for each in measured if each.kept_db is not None]
     colour = [each.colour_error <= COLOUR_TOLERANCE for each in measured if each.colour_error is not None]
-    unedited = [o.unedited for o in (each.outcome for each in measured) if o.unedited is not None and o.unedited < 99]
+    unedited = [
+        o.unedited for o in (each.outcome for each in measured) if o.unedited is not None and o.unedited < EQUAL
+    ]
     return {
         "edit_db": statistics.median(each.outcome.psnr for each in measured),
         "autoencoder_db": statistics.median(each.outcome.ceiling for each in measured),
@@ -120,7 +121,9 @@ def _cell(value: float | None, *, percent: bool = False) -> str:
 def main() -> int:
     """Measure, print, compare with the goals; 1 when one is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", default=MODEL, help="model folder; left out, the shipped one")
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=shipped_folder(), help="model folder; left out, the shipped one"
+    )
     parser.add_argument("--quick", action="store_true", help="48 pairs of 8 steps instead of 304 of 16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="PNG of source, edit and target of 48 pairs")
@@ -135,11 +138,10 @@ def main() -> int:
     groups: dict[str, Sequence[Measured]] = {
         kind: [each for each in seen if each.outcome.example.kind == kind] for kind in KINDS
     }
-    square = [each for each in seen if each.outcome.target.width == each.outcome.target.height]
     groups |= {
         "all": seen,
-        "  square": square,
-        "  other sizes": [each for each in seen if each not in square],
+        "  square": [each for each in seen if each.outcome.target.width == each.outcome.target.height],
+        "  other sizes": [each for each in seen if each.outcome.target.width != each.outcome.target.height],
         "unseen wordings": new,
     }
     print(table(groups))

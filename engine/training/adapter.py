@@ -38,8 +38,9 @@ class LowRankAdapter(nn.Module):
         if not linears:
             raise AdapterError(f"no linear of the transformer has a name that ends in {', '.join(targets)}")
         self.names = list(linears)
-        self.down = nn.ParameterList(torch.empty(rank, linear.in_features) for linear in linears.values())
-        self.up = nn.ParameterList(torch.zeros(linear.out_features, rank) for linear in linears.values())
+        device = next(flow.parameters()).device
+        self.down = nn.ParameterList(torch.empty(rank, each.in_features, device=device) for each in linears.values())
+        self.up = nn.ParameterList(torch.zeros(each.out_features, rank, device=device) for each in linears.values())
         for down in self.down:
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self._translations = flow_to_diffusers(flow.state_dict(), flow.config)

@@ -20,7 +20,7 @@ from engine.training.loop import Loop, LoopConfig, Loss, Moment
 from engine.training.products import render
 
 TINY = AutoencoderConfig(block_channels=(16, 32, 64, 64), res_blocks=1, groups=8, scale=1.0, shift=0.0, sample_size=128)
-"""1.1 M parameters; scale and shift are set from the latents when it is trained."""
+"""1.0 M parameters; scale and shift are set from the latents when it is trained."""
 KL_WEIGHT = 2e-7
 SQUARED_WEIGHT = 2.0
 CROP, CROPPED_SHARE = 64, 0.85

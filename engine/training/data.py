@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -118,8 +119,8 @@ def read_pairs(table: Path, width: int, height: int) -> Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Latents:
-    """Pairs of one size after the autoencoder: packed latents (count, tokens, channels)."""
+class EncodedPairs:
+    """Pairs of one size after the autoencoder: packed latents (count, tokens, channels), on the CPU."""
 
     before: Tensor
     after: Tensor
@@ -133,8 +134,8 @@ class Latents:
         return FlowData(self.before, self.after, self.has_before, clip_ids, t5_ids, self.grid)
 
 
-def encode_pairs(autoencoder: Autoencoder, pairs: Pairs) -> Latents:
-    return Latents(
+def encode_pairs(autoencoder: Autoencoder, pairs: Pairs) -> EncodedPairs:
+    return EncodedPairs(
         before=encode_all(autoencoder, pairs.before),
         after=encode_all(autoencoder, pairs.after),
         has_before=pairs.has_before,
@@ -145,25 +146,49 @@ def encode_pairs(autoencoder: Autoencoder, pairs: Pairs) -> Latents:
 
 @torch.no_grad()
 def encode_all(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Packed latents (count, tokens, channels) of pictures given as bytes."""
-    return torch.cat([pack(autoencoder.encode(part.float() / 127.5 - 1)) for part in torch.split(pictures, 32)])
+    """Packed latents (count, tokens, channels) of pictures given as bytes, back on the CPU."""
+    device = next(autoencoder.parameters()).device
+    parts = torch.split(pictures, 32)
+    return torch.cat([pack(autoencoder.encode(part.to(device).float() / 127.5 - 1)).cpu() for part in parts])
 
 
-def drawn_latents(autoencoder: Autoencoder, count: int, seed: int, folder: Path) -> list[Latents]:
-    """Drawn pairs at the sizes of the autoencoder's area, encoded once and kept in `folder`."""
+def drawn_latents(autoencoder: Autoencoder, count: int, seed: int, folder: Path) -> list[EncodedPairs]:
+    """Drawn pairs at the sizes of the autoencoder's area, encoded once and kept in `folder`.
+
+    They are made again when the autoencoder, the seed, the count or what is drawn has changed since.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    weights = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     out = []
     for index, ((width, height), share) in enumerate(shares(count, autoencoder.config.sample_size**2).items()):
+        made_of = _made_of(weights.hexdigest(), share, (seed, index), width, height)
         path = folder / f"{width}x{height}.safetensors"
-        if not path.is_file():
+        if _kept_under(path) != made_of:
             pairs = drawn_pairs(share, np.random.default_rng((seed, index)), width, height)
             found = encode_pairs(autoencoder, pairs)
             tensors = {"before": found.before, "after": found.after, "has_before": found.has_before}
             part = path.with_suffix(".part")
-            save_file(tensors, part, metadata={"prompts": json.dumps(found.prompts)})
+            save_file(tensors, part, metadata={"prompts": json.dumps(found.prompts), "made_of": made_of})
             part.replace(path)
         with safe_open(path, framework="pt") as file:
             prompts = json.loads(file.metadata()["prompts"])
             tensors = {name: file.get_tensor(name) for name in ("before", "after", "has_before")}
-        out.append(Latents(**tensors, prompts=prompts, grid=token_grid(width, height)))
+        out.append(EncodedPairs(**tensors, prompts=prompts, grid=token_grid(width, height)))
     return out
+
+
+def _made_of(weights: str, count: int, seed: tuple[int, int], width: int, height: int) -> str:
+    """Hash of what kept latents depend on; the first pairs stand for how pairs are drawn and worded."""
+    first = drawn_pairs(min(count, 8), np.random.default_rng(seed), width, height)
+    digest = hashlib.sha256(f"{weights} {count} {seed} {first.prompts}".encode())
+    digest.update(first.after.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _kept_under(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("made_of")

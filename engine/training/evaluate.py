@@ -22,6 +22,8 @@ from engine.training.instructions import KINDS, Example, random_example
 from engine.training.products import render
 
 HELD_OUT_SEED = 20_260_000
+EQUAL = 99.0
+"""PSNR that equal pictures count as."""
 CELL, LABEL = 128, 30
 
 
@@ -42,14 +44,16 @@ class Outcome:
     @property
     def nearer(self) -> bool | None:
         """Whether the edit is nearer to the target than its source is; None where that says nothing."""
-        return None if self.unedited is None or self.example.kind == "same" else self.psnr > self.unedited
+        if self.unedited is None or self.unedited >= EQUAL:  # from text alone, or nothing was to be changed
+            return None
+        return self.psnr > self.unedited
 
 
 def psnr(first: Image.Image, second: Image.Image) -> float:
     """In dB over all channels; equal pictures count as 99."""
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     squared = float(np.mean(difference**2))
-    return 99.0 if squared == 0 else 10 * float(np.log10(255**2 / squared))
+    return EQUAL if squared == 0 else 10 * float(np.log10(255**2 / squared))
 
 
 def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Example]:

@@ -47,7 +47,7 @@ class FlowWithText(nn.Module):
         super().__init__()
         self.flow = flow
         self.text = text
-        self.clip, self.t5 = text.clip, text.t5
+        self.clip, self.t5 = text.clip, text.t5  # modules of this one, so that they can be trained
 
     @classmethod
     def new(cls, folder: Path, config: FlowConfig = TINY) -> FlowWithText:
@@ -68,7 +68,7 @@ class FlowWithText(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, device: torch.device = CPU) -> FlowWithText:
-        """A finished model to go on from; its text encoders stay as they are, as the paper's do."""
+        """A finished model to go on from; its text encoders are frozen, as the paper's are."""
         files = find_model(folder)
         flow = load_transformer(files, device=device, dtype=torch.float32).requires_grad_(True)
         freeze_unused_guidance(flow)

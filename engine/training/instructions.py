@@ -140,6 +140,8 @@ BADGE_WORDS = {
 SAME_WORDS = ("keep it the same", "change nothing", "keep everything as it is", "leave the picture unchanged")
 ASKING = ("please ", "now ", "can you ")
 """Put before some instructions."""
+NOT_ASKED = ("I", "the", "a", "an", "one", "product")
+"""First words of what is no imperative."""
 UNSEEN: dict[str, tuple[str, ...]] = {
     "colour": (
         "the product should be {colour}",
@@ -286,7 +288,7 @@ def _articles(words: str) -> str:
 
 def _finish(rng: np.random.Generator, words: str, scene: Scene, *, keep: bool) -> str:
     """Asked for politely now and then, sentence case and a full stop half of the time, sometimes what is to be kept."""
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 and words.partition(" ")[0] not in NOT_ASKED:
         words = str(rng.choice(ASKING)) + words
     if rng.random() < 0.5:
         words = words[0].upper() + words[1:]

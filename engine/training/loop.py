@@ -23,10 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.errors import ConfigError
+
 Loss = tuple[Tensor, Mapping[str, float]]
 
 CPU_ATTENTION = SDPBackend.MATH
 """Its backward pass takes a third of the fused kernel's time at a few hundred tokens."""
+
+MUON_STATE = "momentum_buffer"
+"""What Muon keeps of each matrix, by torch's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,30 +121,48 @@ class Loop:
         return self.folder / "checkpoint.safetensors"
 
     def resume(self) -> bool:
-        """Go on from the folder's checkpoint, when there is one."""
-        if not self.checkpoint.is_file():
-            return False
+        """Go on from the folder's checkpoint, when there is one. Raises `ConfigError` when it is another training's."""
+        if self.checkpoint.is_file():
+            self._read_checkpoint()
+        self._forget_metrics_after(self.step)
+        return self.step > 0
+
+    def _read_checkpoint(self) -> None:
         with safe_open(self.checkpoint, framework="pt") as file:
+            names = {kind: set[str]() for kind in ("model", "ema", MUON_STATE)}
+            for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
+                kind, _, name = key.partition(".")
+                names.setdefault(kind, set()).add(name)
             self.step = int(file.metadata()["step"])
+            if names["model"] != set(self.parameters) or (self.step and names[MUON_STATE] != set(self.matrices)):
+                raise ConfigError(
+                    f"{self.checkpoint} is of a training with other parameters, or with the other `muon`; "
+                    "give this one another folder"
+                )
             for name, parameter in self.parameters.items():
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(f"model.{name}"))
                     self.average[name].copy_(file.get_tensor(f"ema.{name}"))
-            for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
-                kind, _, name = key.partition(".")
-                if kind not in ("model", "ema"):
+            for kind in set(names) - {"model", "ema"}:
+                for name in names[kind]:
                     optimiser, parameter = self._stepped(name)
-                    value = file.get_tensor(key).clone()  # AdamW keeps its step count on the CPU
+                    value = file.get_tensor(f"{kind}.{name}").clone()
+                    # AdamW keeps its count of steps on the CPU.
                     optimiser.state[parameter][kind] = value if value.ndim == 0 else value.to(parameter.device)
-        self._forget_metrics_after(self.step)
-        return True
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a killed run logged and this one makes again."""
+        """Drop the lines of steps that a killed run logged and this one makes again, and what it left half written."""
         path = self.folder / "metrics.csv"
-        if path.is_file():
-            first, *lines = path.read_text().splitlines(keepends=True)
-            path.write_text(first + "".join(line for line in lines if int(line.partition(",")[0]) <= step))
+        if not path.is_file():
+            return
+        first, *lines = path.read_text().splitlines(keepends=True) or [""]
+        kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]
+        if not kept:
+            path.unlink()
+            return
+        part = path.with_suffix(".part")
+        part.write_text(first + "".join(kept))
+        os.replace(part, path)
 
     def _stepped(self, name: str) -> tuple[torch.optim.Optimizer, nn.Parameter]:
         """The optimiser of a parameter, and the parameter as that optimiser knows it."""
@@ -238,11 +261,13 @@ class Loop:
         kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.use_average()
         self.module.eval()
-        yield
-        self.module.train()
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(kept[name])
+        try:
+            yield
+        finally:
+            self.module.train()
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(kept[name])
 
     def _log(self, shown: Mapping[str, list[float]], started: float, first: int, say: Callable[[str], None]) -> None:
         figures = {name: sum(values) / len(values) for name, values in shown.items()}

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from engine.latents import Latents, tensor_to_image, unpack
 from engine.pipeline import EditRequest, KontextEngine
-from engine.training import data
+from engine.training.data import EncodedPairs
 from engine.training.evaluate import compare
 
 PREVIEWED, PREVIEW_STEPS = 12, 8
 
 
 @torch.no_grad()
-def preview(engine: KontextEngine, parts: Sequence[data.Latents], path: Path) -> None:
+def preview(engine: KontextEngine, parts: Sequence[EncodedPairs], path: Path) -> None:
     """A sheet of source, edit and target of the first training pairs, always the same ones with the same noise."""
     part = parts[0]
     rows, columns = part.grid
@@ -70,6 +70,8 @@ def plot(folder: Path, say: Callable[[str], None]) -> None:
 
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return
     names = [name for name in rows[0] if name not in ("step", "seconds_per_step")]
     figure = Figure(figsize=(8, 3 * len(names)), layout="constrained")
     for name, axes in zip(names, figure.subplots(len(names), 1, squeeze=False)[:, 0], strict=True):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from engine.errors import ConfigError
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
 
 CONFIG = LoopConfig(steps=12, lr=1e-2, warmup=3, save_every=4, log_every=1)
@@ -89,22 +90,21 @@ def test_muon_steps_the_hidden_matrices_alone(tmp_path: Path) -> None:
     }
 
 
-def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
-    """Two equal batches have the gradient of one; AdamW's step is the same, but for rounding."""
-    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
-    found = []
-    for accumulate in (1, 2):
-        module = model()
+def test_accumulated_batches_have_the_gradient_of_both_joined(tmp_path: Path) -> None:
+    """Read where the optimiser would: AdamW's step itself does not depend on the size of a gradient."""
+    halves = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    module, calls = model(), []
 
-        def loss_of(_: Moment, module: nn.Module = module) -> Loss:
-            return module(x).square().mean(), {}
+    def loss_of(_: Moment) -> Loss:
+        calls.append(len(calls))
+        return module(halves[calls[-1]]).square().mean(), {}
 
-        Loop(module, replace(CONFIG, accumulate=accumulate), tmp_path / str(accumulate)).run(
-            loss_of, say=lambda _: None
-        )
-        found.append(module)
-    for first, second in zip(found[0].parameters(), found[1].parameters(), strict=True):
-        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    Loop(module, replace(CONFIG, steps=1, accumulate=2, clip=1e9), tmp_path).run(loss_of, say=lambda _: None)
+    assert calls == [0, 1]
+    joined = model()
+    joined(halves.flatten(0, 1)).square().mean().backward()
+    for ours, theirs in zip(module.parameters(), joined.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_batches_of_a_step_are_drawn_apart() -> None:
@@ -126,12 +126,32 @@ def test_the_average_is_in_place_only_while_it_is_asked_for(tmp_path: Path) -> N
     assert all(torch.equal(start[name], value) for name, value in module.state_dict().items())
 
 
-def test_metrics_have_one_line_for_each_step_after_a_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [3, 11])
+@pytest.mark.parametrize("left", ["", "11,0.0", "half"])
+def test_metrics_have_one_line_for_each_step_after_a_stop(tmp_path: Path, stop: int, left: str) -> None:
+    """Stopped before the first checkpoint at 4, or at 11 with one at 8; and killed in the middle of a line."""
     with pytest.raises(Stop):
-        train(tmp_path, stop=11)  # logged to 11, saved at 8
+        train(tmp_path, stop=stop)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write(left)
     train(tmp_path)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 13))
+
+
+def test_an_empty_file_of_metrics_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").touch()
+    train(tmp_path)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 12
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_checkpoint_of_the_other_optimiser_is_refused(tmp_path: Path, muon: bool) -> None:
+    with pytest.raises(Stop):
+        train(tmp_path, config=replace(CONFIG, muon=muon), stop=8)
+    with pytest.raises(ConfigError, match="another folder"):
+        train(tmp_path, config=replace(CONFIG, muon=not muon))
 
 
 def test_what_resumes_without_its_optimiser_would_not_have_that_curve(tmp_path: Path) -> None:

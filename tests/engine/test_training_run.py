@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from engine.pipeline import EditRequest, KontextEngine
 from engine.training.__main__ import main
 from engine.training.adapter import LowRankAdapter
 from engine.training.autoencoder import normalised, picture_pool
-from engine.training.data import FlowData, drawn_latents, read_pairs
+from engine.training.data import FlowData, drawn_latents, encode_all, read_pairs
 from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
 from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
 from engine.training.loop import LoopConfig, Moment
@@ -261,13 +261,41 @@ def test_latents_of_drawn_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     autoencoder = Autoencoder(replace(AE, sample_size=64))
     first = drawn_latents(autoencoder, 8, 0, tmp_path)
-    monkeypatch.setattr("engine.training.data.render", None)  # drawing again would fail
-    second = drawn_latents(autoencoder, 8, 0, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.training.data.encode_pairs", None)  # encoding again would fail
+        second = drawn_latents(autoencoder, 8, 0, tmp_path)
     assert [part.grid for part in first] == [part.grid for part in second]
     assert all(torch.equal(one.after, other.after) for one, other in zip(first, second, strict=True))
     assert all(one.prompts == other.prompts for one, other in zip(first, second, strict=True))
     rows, columns = first[1].grid
     assert first[1].after.shape[1] == rows * columns
+    for parameter in autoencoder.parameters():
+        parameter.data += 0.01
+    third = drawn_latents(autoencoder, 8, 0, tmp_path)  # another autoencoder
+    assert not torch.equal(third[0].after, second[0].after)
+    assert len(drawn_latents(autoencoder, 12, 0, tmp_path)[0].prompts) == 6
+
+
+def test_pictures_are_encoded_where_the_autoencoder_is_and_kept_on_the_cpu() -> None:
+    class Elsewhere(torch.nn.Module):
+        """`meta` stands for a GPU."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+        def encode(self, images: Tensor) -> Tensor:
+            assert images.device.type == "meta"
+            return torch.ones(len(images), 16, 4, 4)
+
+    latents = encode_all(cast(Autoencoder, Elsewhere()), torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    assert latents.shape == (3, 4, 64)
+    assert latents.device.type == "cpu"
+
+
+def test_an_adapter_lies_where_its_flow_lies(module: FlowWithText) -> None:
+    adapter = LowRankAdapter(module.flow.to("meta"), rank=2)
+    assert {parameter.device.type for parameter in adapter.parameters()} == {"meta"}
 
 
 # --- what is refused
@@ -294,6 +322,8 @@ def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Pa
         ({"kind": "flow", "vae": "a", "base": "b"}, "else `base`"),
         ({"freeze_encoder": True}, "needs `vae`"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"loop": {"steps": 1, "accumulate": 0}}, "accumulate is 0"),
+        ({"batch": 0}, "batch is 0"),
     ],
 )
 def test_a_wrong_config_is_told_by_name(
