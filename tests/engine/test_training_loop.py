@@ -102,7 +102,7 @@ def test_accumulated_batches_have_the_gradient_of_both_joined(tmp_path: Path) ->
     Loop(module, replace(CONFIG, steps=1, accumulate=2, clip=1e9), tmp_path).run(loss_of, say=lambda _: None)
     assert calls == [0, 1]
     joined = model()
-    joined(halves.flatten(0, 1)).square().mean().backward()
+    joined(halves.flatten(0, 1)).square().mean().backward()  # type: ignore[no-untyped-call]
     for ours, theirs in zip(module.parameters(), joined.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
