@@ -394,7 +394,7 @@ def test_output_that_cannot_be_written_is_told_in_one_line(done: Path, command: 
     logs.mkdir()
     line = f'set -o pipefail; "{sys.executable}" -m kontext_batch.cli.main {command}'
     ended = subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(logs)}
+        ["bash", "-c", line], capture_output=True, text=True, timeout=110, env={**os.environ, "TMPDIR": str(logs)}
     )
     assert (ended.returncode, ended.stderr[-len(told) :]) == (code, told)
     assert "internal error" not in ended.stderr
