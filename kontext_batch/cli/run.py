@@ -172,6 +172,7 @@ def report(
             delivered=summary.delivered,
             deliveries=summary.deliveries,
             failures=[{"step": each.id, "node": each.node, "axes": each.axes, "error": each.error} for each in failed],
+            skipped=summary.skipped_deliveries,
             undelivered=undelivered_data(lost),
             outputs=folders,
             **({"files": files} if name_files else {}),
@@ -185,13 +186,18 @@ def report(
     for path, error in lost:
         output.tell(undelivered_line(path, error))
     counts = ", ".join(f"{count} {state}" for state, count in sorted(summary.steps.items()))
-    output.tell(
-        f"run {summary.id} {summary.state}: {counts} ({summary.cached} were cached); "
-        f"{summary.delivered} of {summary.deliveries} outputs delivered"
-    )
+    output.tell(f"run {summary.id} {summary.state}: {counts} ({summary.cached} were cached); {outputs_text(summary)}")
     for place in files or folders:
         output.say(place)
     return code
+
+
+def outputs_text(summary: RunSummary) -> str:
+    """How many outputs are where the recipe wants them, and how many of those were left as they were."""
+    text = f"{summary.delivered} of {summary.deliveries} outputs delivered"
+    if summary.skipped_deliveries:
+        text += f", {summary.skipped_deliveries} of them skipped (`kontext-batch runs show {summary.id}` says why)"
+    return text
 
 
 def undelivered_data(lost: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

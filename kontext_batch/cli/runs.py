@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.cli.run import report, shown_uri, submitted, undelivered_data, undelivered_line, work
+from kontext_batch.cli.run import outputs_text, report, shown_uri, submitted, undelivered_data, undelivered_line, work
 from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def status(
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}, by {summary.owner}, from {summary.source}")
     output.say(f"steps: {_steps(summary)}; {summary.cached} were cached")
     failed = f", {summary.failed_deliveries} failed" if summary.failed_deliveries else ""
-    output.say(f"outputs: {summary.delivered} of {summary.deliveries} delivered{failed}")
+    output.say(f"{outputs_text(summary)}{failed}")
     output.say(f"created {summary.created:%Y-%m-%d %H:%M}" + _finished(summary))
 
 
@@ -88,7 +88,7 @@ def show(
     ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """A run, its steps, and what could not be delivered.
+    """A run, its steps, and what was not delivered.
 
     Example: kontext-batch runs show 12 --state failed
     """
@@ -103,13 +103,17 @@ def show(
         summary = application.repository.run(number)
         rows = application.repository.run_steps(number, states=states)
         lost = application.repository.failed_deliveries(number)
+        skipped = application.repository.skipped_deliveries(number)
     if as_json:
-        output.say_json({"run": summary, "steps": rows, "undelivered": undelivered_data(lost)})
+        left = [{"path": path, "reason": reason} for path, reason in skipped]
+        output.say_json({"run": summary, "steps": rows, "undelivered": undelivered_data(lost), "skipped": left})
         return
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}; {_steps(summary)}" + _finished(summary))
     step_table(rows)
     for path, error in lost:
         output.say(undelivered_line(path, error))
+    for path, reason in skipped:
+        output.say(f"skipped: {shown_uri(path)}: {reason}")
 
 
 @app.command()

@@ -431,3 +431,18 @@ def test_a_retry_of_what_is_undelivered_says_nothing_of_other_steps(
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "no step that is meant of run 1 failed; 1 output will be delivered again"
     assert (studio / "out" / "mug_small.png").is_file()
+
+
+def test_what_was_skipped_is_counted_and_named(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "sizes.yaml").write_text(FINISH_ONLY.replace("if_exists: replace", "if_exists: skip"))
+    (studio / "out").mkdir()
+    (studio / "out" / "mug_small.png").write_text("mine")
+    assert main.main(["run", "sizes.yaml"]) == 0
+    assert "4 of 4 outputs delivered, 1 of them skipped" in capsys.readouterr().err
+    assert (studio / "out" / "mug_small.png").read_text() == "mine"
+    assert main.main(["runs", "show", "1"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 1
+    assert "mug_small.png: " in told[0]
+    assert main.main(["status"]) == 0
+    assert "1 of them skipped" in capsys.readouterr().out
