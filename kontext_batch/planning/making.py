@@ -228,7 +228,7 @@ class Making:
     def _sets(self, node: Node, point: FullPoint) -> list[Found] | None:
         """Every picture of an instance, in order; None when a parent could not be made (it has been told)."""
         found: list[Found] = []
-        seen: set[tuple[str, Point]] = set()
+        seen: set[tuple[str, object]] = set()  # on a sheet each picture is shown once
         for each in self.nodes.cells(node, point) if node.is_sheet else (point,):
             for use in node.pictures:
                 chosen = self.nodes.chosen(use, each)
@@ -248,7 +248,12 @@ class Making:
                     continue
                 if len(chosen) > 1 and use.role in ("image", "logo"):
                     raise Fault(use.path, f"{len(chosen)} pictures are listed here; one is wanted")
-                found += [Found(use.role, use.path, each, picture, None, None) for picture in chosen]
+                for picture in chosen:
+                    if node.is_sheet:
+                        if (picture.uri, use.path) in seen:
+                            continue
+                        seen.add((picture.uri, use.path))
+                    found.append(Found(use.role, use.path, each, picture, None, None))
         return found
 
     def _fans(self, sets: Sequence[Found]) -> tuple[tuple[str, int], ...]:

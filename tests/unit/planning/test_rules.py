@@ -574,6 +574,25 @@ def test_rule_11_labels_of_a_sheet_tell_the_candidates_apart() -> None:
     assert made.notes == ()
 
 
+def test_rule_11_a_sheet_shows_each_picture_once() -> None:
+    """The photo and the step that names only the item, beside three scenes of it."""
+    recipe = (
+        ITEM
+        + """
+matrix: {scene: [sea, city, park]}
+steps:
+  clean: {op: edit, image: "${item.photo}", prompt: Clean.}
+  staged: {op: edit, image: "${clean}", prompt: "Go to ${scene}."}
+  sheet: {op: contact_sheet, images: ["${item.photo}", "${clean}", "${staged}"], label: "${item} ${scene}"}
+outputs: [{from: "${sheet}", to: "out/sheet.${ext}"}]
+"""
+    )
+    made = plan(recipe, table="sku,kind\nA,shoe\nB,bag\n", files=FILES, default_seconds=1)
+    assert step_of(made, "sheet").params["labels"] == [
+        "A sea", "A sea", "A sea", "A city", "A park", "B sea", "B sea", "B sea", "B city", "B park",
+    ]  # fmt: skip
+
+
 def test_rule_11_labels_that_lose_their_letters_are_noted_once() -> None:
     made = plan(SHEET, table="sku,kind\nA,靴\nB,Größe\n", files=FILES, default_seconds=1)
     assert made.notes == (
