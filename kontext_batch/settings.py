@@ -8,6 +8,7 @@ the settings object.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import yaml
 from platformdirs import user_config_path
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableVariable
 
 from kontext_batch.errors import SettingsError
 
@@ -90,6 +92,11 @@ def load_settings() -> Settings:
         values = loaded or {}
     try:
         return Settings(**values)
+    except UnreadableVariable as error:  # of a setting that is a list, before anything is validated
+        named_field = re.search(r'field "(\w+)"', str(error))
+        prefix = Settings.model_config["env_prefix"]
+        variable = f"{prefix}{named_field[1].upper()}" if named_field else f"a variable {prefix}..."
+        raise SettingsError(f'{variable}: a JSON list is expected, such as ["s3://acme-pim/"]') from error
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise SettingsError(f"settings ({path} and the environment): {faults}") from error

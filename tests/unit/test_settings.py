@@ -44,6 +44,14 @@ def test_faults_name_file_and_setting(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "settings.yaml" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["READ_PREFIXES", "WRITE_PREFIXES"])
+def test_a_list_that_is_no_json_is_told_with_an_example(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"KONTEXT_BATCH_{name}", "s3://acme/")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value) == f'KONTEXT_BATCH_{name}: a JSON list is expected, such as ["s3://acme-pim/"]'
+
+
 def test_a_named_file_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KONTEXT_BATCH_CONFIG", str(tmp_path / "none.yaml"))
     with pytest.raises(SettingsError, match=r"none\.yaml"):
