@@ -64,8 +64,9 @@ def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> 
     )
     if uri is None:
         return False
-    conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state != "intent").values(state="orphaned"))
-    _delete_unless_announced(conn, uri, delete)
+    gone = _delete_unless_announced(conn, uri, delete)
+    state = "deleted" if gone else "orphaned"
+    conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state != "intent").values(state=state))
     return True
 
 
@@ -82,10 +83,12 @@ def lost_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> No
         _delete_unless_announced(conn, uri, delete)
 
 
-def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> None:
-    """Under the graph's lock: whoever has announced the object may have put it anew."""
-    if delete is not None and not conn.scalar(sa.select(_announced(uri))):
-        delete(uri)
+def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
+    """Under the graph's lock: whoever has announced the object may have put it anew. True when it was deleted."""
+    if delete is None or conn.scalar(sa.select(_announced(uri))):
+        return False
+    delete(uri)
+    return True
 
 
 def orphaned_uploads(conn: sa.Connection) -> list[str]:

@@ -446,3 +446,12 @@ def test_what_was_skipped_is_counted_and_named(studio: Path, capsys: pytest.Capt
     assert "mug_small.png: " in told[0]
     assert main.main(["status"]) == 0
     assert "1 of them skipped" in capsys.readouterr().out
+
+
+def test_what_was_just_collected_is_no_orphan_of_the_next_collection(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["gc", "--keep-bytes", "0"]) == 0
+    assert re.fullmatch(r"4 artifacts of \d+ bytes and 0 orphaned uploads removed\n", capsys.readouterr().out)
+    assert main.main(["gc", "--keep-bytes", "0"]) == 0
+    assert capsys.readouterr().out == "0 artifacts of 0 bytes and 0 orphaned uploads removed\n"
