@@ -36,6 +36,11 @@ def finished_steps(summary: RunSummary) -> int:
     return sum(count for state, count in summary.steps.items() if state not in LIVE)
 
 
+def _counts(summary: RunSummary) -> tuple[int, int]:
+    """(steps in a final state, all steps)."""
+    return finished_steps(summary), sum(summary.steps.values())
+
+
 class Pace:
     """Steps a second since the start, and seconds left at that rate; what was there at the start does not count."""
 
@@ -73,7 +78,7 @@ class Progress(Protocol):
 
 
 class LineProgress:
-    """Plain lines, or events, at most one every few seconds."""
+    """Plain lines, or events, at most one every few seconds, and the last count when the run has ended."""
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class LineProgress:
         self._last = clock() - every
         self._summary: RunSummary | None = None
         self._denoise = (0, 0)
+        self._written = (0, 0)
 
     def __enter__(self) -> LineProgress:
         return self
@@ -103,7 +109,11 @@ class LineProgress:
 
     def on_progress(self, summary: RunSummary) -> None:
         self._summary, self._denoise = summary, (0, 0)
-        if self._due():
+        if summary.finished is None:
+            wanted = self._due()
+        else:
+            wanted = self._written != _counts(summary)
+        if wanted:
             self._write()
 
     def _due(self) -> bool:
@@ -116,7 +126,8 @@ class LineProgress:
     def _write(self) -> None:
         done = total = 0
         if self._summary is not None:
-            done, total = finished_steps(self._summary), sum(self._summary.steps.values())
+            done, total = _counts(self._summary)
+        self._written = (done, total)
         rate, left = self._pace.read(done, total)
         step, steps = self._denoise
         if self._json:
@@ -127,7 +138,7 @@ class LineProgress:
         if steps:
             parts.append(f"denoise step {step}/{steps} of the batch")
         if rate is not None and left is not None:
-            parts.append(f"{rate * 60:.1f} steps a minute, {duration(left)} left")
+            parts.append(f"{rate * 60:.1f} steps a minute" + (f", {duration(left)} left" if done < total else ""))
         output.tell(", ".join(parts))
 
 
@@ -170,7 +181,7 @@ class BarProgress:
 
     def on_progress(self, summary: RunSummary) -> None:
         self._looked = time.monotonic()
-        done, total = finished_steps(summary), sum(summary.steps.values())
+        done, total = _counts(summary)
         rate, left = self._pace.read(done, total)
         self._told = "" if rate is None or left is None else f"{rate * 60:.1f}/min, {duration(left)} left"
         self._bar.update(self._task, completed=done, total=total, told=self._told)

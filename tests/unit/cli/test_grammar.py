@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from kontext_batch.errors import (
     SettingsError,
     StorageFull,
 )
+from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.ports import RunSummary
 from tests.unit.cli.conftest import FINISH_ONLY
 
 
@@ -258,6 +262,25 @@ def test_plain_progress_writes_at_most_a_line_every_few_seconds(capsys: pytest.C
         now[0] = float(step)
         progress.on_step(step + 1, 20)
     assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+def test_plain_progress_ends_with_the_last_count(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    progress = LineProgress(json=False, every=5.0, clock=lambda: now[0])
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    summary = RunSummary(
+        1, "r", "", "file:///r.yaml", "o", "cli", 0, RunState.RUNNING, begun, None, {}, 0, deliveries=7, delivered=0,
+        failed_deliveries=0,
+    )  # fmt: skip
+    for done in range(1, 8):
+        now[0] = float(done)
+        steps = {StepState.DONE: done} | ({StepState.READY: 7 - done} if done < 7 else {})
+        progress.on_progress(replace(summary, steps=steps, finished=begun if done == 7 else None))
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in told] == ["1/7 steps", "6/7 steps", "7/7 steps"]
+    assert "left" not in told[-1]
+    progress.on_progress(replace(summary, steps=steps, finished=begun))
+    assert capsys.readouterr().err == ""
 
 
 def test_durations_and_folders_read_well() -> None:
