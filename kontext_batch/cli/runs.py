@@ -136,7 +136,9 @@ def retry(
     Example: kontext-batch runs retry 12 --only item=RX-100,scene=terrace --take
     """
     chosen = common.selection(only, None)
-    if failed == bool(chosen.only or step):
+    if failed and (chosen.only or step):
+        raise typer.BadParameter("--failed stands alone: it means everything of the run that did not succeed")
+    if not (failed or chosen.only or step):
         raise typer.BadParameter("say what is made again: --failed, or --only AXIS=VALUE,..., or --step NAME")
     if failed and take:
         raise typer.BadParameter("a failed step needs no new take: --failed alone", param_hint="--take")

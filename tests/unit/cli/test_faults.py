@@ -455,3 +455,13 @@ def test_what_was_just_collected_is_no_orphan_of_the_next_collection(
     assert re.fullmatch(r"4 artifacts of \d+ bytes and 0 orphaned uploads removed\n", capsys.readouterr().out)
     assert main.main(["gc", "--keep-bytes", "0"]) == 0
     assert capsys.readouterr().out == "0 artifacts of 0 bytes and 0 orphaned uploads removed\n"
+
+
+@pytest.mark.parametrize("more", [["--only", "item=mug"], ["--step", "made"]])
+def test_a_retry_of_what_failed_takes_no_choice(
+    done: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert main.main(["runs", "retry", "1", "--failed", *more]) == 2
+    assert "--failed stands alone" in " ".join(capsys.readouterr().err.split())
+    assert main.main(["runs", "retry", "1"]) == 2
+    assert "say what is made again: --failed, or" in " ".join(capsys.readouterr().err.split())
