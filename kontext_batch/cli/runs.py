@@ -109,7 +109,10 @@ def show(
         output.say_json({"run": summary, "steps": rows, "undelivered": undelivered_data(lost), "skipped": left})
         return
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}; {_steps(summary)}" + _finished(summary))
-    step_table(rows)
+    if rows or state is None:
+        step_table(rows)
+    else:
+        output.say(f"no step of run {summary.id} is {state}")
     for path, error in lost:
         output.say(undelivered_line(path, error))
     for path, reason in skipped:
