@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,9 @@ from kontext_batch.errors import ObjectNotFound, SettingsError
 if TYPE_CHECKING:
     from kontext_batch.ports import AttemptRow, Repository, StepRow
     from kontext_batch.services.questions import Link
+
+LIKE_A_RUN = re.compile(r"run[ :#-]?([0-9]{1,18})", re.IGNORECASE)
+"""What is typed for a run where a step is expected."""
 
 app = typer.Typer(name="steps", help="Single steps.", no_args_is_help=True, rich_markup_mode=None)
 StepArgument = Annotated[
@@ -85,7 +89,7 @@ def explain(
             if not as_json:
                 output.say(f"run {summary.id} {summary.state}; {len(rows)} steps did not succeed")
         else:
-            rows = meant(repository, what)
+            rows = meant(repository, what, runs_too=True)
         told = [(row, why(repository, row), repository.attempts(row.id)) for row in rows]
     if as_json:
         output.say_json([{"step": row, "why": reasons, "attempts": attempts} for row, reasons, attempts in told])
@@ -113,10 +117,10 @@ def lineage(step: StepArgument, workspace: common.WorkspaceOption = None, as_jso
         _say_chain(links)
 
 
-def meant(repository: Repository, text: str) -> Sequence[StepRow]:
+def meant(repository: Repository, text: str, *, runs_too: bool = False) -> Sequence[StepRow]:
     """The steps that `text` means; a file by the hash of its bytes alone, for another's may lie where ours should.
 
-    Raises `ObjectNotFound`.
+    `runs_too`: the command takes a run as well, which is told to whoever seems to mean one. Raises `ObjectNotFound`.
     """
     from kontext_batch.hashing import sha256_hex
     from kontext_batch.services.questions import found_steps, run_that_wanted
@@ -124,7 +128,18 @@ def meant(repository: Repository, text: str) -> Sequence[StepRow]:
 
     path = Path(text)
     if not _is_file(path):
-        return found_steps(repository, text)
+        try:
+            return found_steps(repository, text)
+        except ObjectNotFound as error:
+            run_meant = LIKE_A_RUN.fullmatch(text)
+            if run_meant is None:
+                raise
+            hint = (
+                f"for a run write `run:{run_meant[1]}`"
+                if runs_too
+                else f"a step or a path is taken here, no run (`runs show {run_meant[1]}` lists the steps of one)"
+            )
+            raise ObjectNotFound(f"{error}; {hint}") from error
     try:
         data = path.read_bytes()
     except OSError as error:

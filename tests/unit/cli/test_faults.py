@@ -465,3 +465,20 @@ def test_a_retry_of_what_failed_takes_no_choice(
     assert "--failed stands alone" in " ".join(capsys.readouterr().err.split())
     assert main.main(["runs", "retry", "1"]) == 2
     assert "say what is made again: --failed, or" in " ".join(capsys.readouterr().err.split())
+
+
+def test_who_means_a_run_is_told_how_to_name_it(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ("run2", "run-2", "run 2"):
+        assert main.main(["explain", given]) == 2
+        assert capsys.readouterr().err.endswith("; for a run write `run:2`\n")
+    for command in ("lineage", "steps show", "steps logs"):
+        assert main.main([*command.split(), "run:2"]) == 2
+        told = capsys.readouterr().err
+        assert told.endswith("; a step or a path is taken here, no run (`runs show 2` lists the steps of one)\n")
+
+
+def test_no_step_in_a_state_is_told_in_words(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["runs", "show", "1", "--state", "failed"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["no step of run 1 is failed"]
+    assert main.main(["runs", "show", "1", "--state", "done"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 5
