@@ -29,8 +29,11 @@ class Check:
     """What to do when it is not ok."""
 
 
-def all_checks(workspace: Path) -> Iterator[Check]:
-    """Settings first; what needs something that failed is left out."""
+def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
+    """Settings first; what needs something that failed is left out.
+
+    `named`: somebody asked for this workspace, so that it must be there. The usual one is made by the first run.
+    """
     from kontext_batch.bootstrap import DATABASE
     from kontext_batch.settings import load_settings
 
@@ -40,13 +43,16 @@ def all_checks(workspace: Path) -> Iterator[Check]:
         yield Check("settings", False, str(error), "mend the file or the variable that it names")
         return
     yield Check("settings", True, "sound")
+    unmade = not named and not os.path.lexists(workspace)
     workspace = workspace.resolve()
     found = workspace.is_dir()
     usable = found and os.access(workspace, os.W_OK | os.X_OK)
     yield Check(
         "workspace",
-        usable,
-        f"{workspace}" + ("" if usable else " may not be written to" if found else " is not there"),
+        usable or unmade,
+        "not made yet; `run FILE` makes it"
+        if unmade
+        else f"{workspace}" + ("" if usable else " may not be written to" if found else " is not there"),
         "name one with --workspace DIR; `run FILE` makes it",
     )
     if found:

@@ -25,7 +25,8 @@ def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption 
     """
     from kontext_batch.cli.checks import all_checks
 
-    checks = list(all_checks(workspace if workspace is not None else Path.cwd() / common.WORKSPACE))
+    chosen = workspace if workspace is not None else Path.cwd() / common.WORKSPACE
+    checks = list(all_checks(chosen, named=workspace is not None))
     if as_json:
         output.say_json(checks)
     else:

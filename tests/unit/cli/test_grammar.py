@@ -212,6 +212,15 @@ def test_a_command_without_a_workspace_makes_none(studio: Path, capsys: pytest.C
     assert main.main(["status"]) == 2
     assert "there is no workspace here" in capsys.readouterr().err
     assert not (studio / "kontext-out").exists()
+
+
+def test_doctor_finds_nothing_wrong_before_the_first_run(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["doctor"]) == 0
+    assert "ok   workspace: not made yet; `run FILE` makes it" in capsys.readouterr().out.splitlines()
+    assert not (studio / "kontext-out").exists()
+    assert main.main(["doctor", "--workspace", "kontext-out"]) == 1
+    assert "FAIL workspace: " in capsys.readouterr().out
+    (studio / "kontext-out").write_text("a file")
     assert main.main(["doctor"]) == 1
 
 
