@@ -14,6 +14,7 @@ from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
     from kontext_batch.ports import RunSummary, StepRow
+    from kontext_batch.services.prepare import Prepared
 
 app = typer.Typer(name="runs", help="Runs of a workspace.", no_args_is_help=True, rich_markup_mode=None)
 # Text, so that what is no number is told in our words, with `--json` too.
@@ -160,6 +161,7 @@ def retry(
                 raise typer.BadParameter("the run came from a plan: run its recipe first", param_hint="--take")
             within = questions.instances_of(application.repository, number)
             before = common.prepared(application, at, chosen, within=within)
+            _check_models_used(before, step)
             takes = questions.next_takes(application.repository, before, step)
             ready = common.prepared(application, at, chosen, takes=takes, within=within)
             paths = [each.path for each in ready.plan.deliveries]
@@ -204,6 +206,18 @@ def _check_beside(workspace: Path, summary: RunSummary) -> None:
             f"run {summary.id} was made from {shown_uri(summary.source)}; run the recipe from where it lies now, "
             f"or name this workspace with --workspace to go on there"
         )
+
+
+def _check_models_used(ready: Prepared, nodes: Sequence[str] | None) -> None:
+    """Raises `BadParameter` when none of these steps of the recipe uses a model."""
+    from kontext_batch.planning.params import SAMPLING
+
+    sampled = {step.key for step in ready.plan.steps if step.operation in SAMPLING}
+    named = [each for each in ready.plan.instances if each.node in (nodes or ())]
+    if named and not any(each.key in sampled for each in named):
+        nodes = sorted({each.node for each in named})
+        names, use = " and ".join(f"'{name}'" for name in nodes), "uses" if len(nodes) == 1 else "use"
+        raise typer.BadParameter(f"--take changes the seed of model steps; {names} {use} no model")
 
 
 def _tell_again(before: RunSummary, count: int, waiting: int, *, going: bool, failed: bool) -> None:

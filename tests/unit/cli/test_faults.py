@@ -482,3 +482,13 @@ def test_no_step_in_a_state_is_told_in_words(done: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.splitlines()[1:] == ["no step of run 1 is failed"]
     assert main.main(["runs", "show", "1", "--state", "done"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def test_a_new_take_of_a_step_without_a_model_says_what_a_take_is(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["runs", "retry", "1", "--step", "made", "--take"]) == 2
+    told = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+    assert "--take changes the seed of model steps; 'made' uses no model" in told
+    assert main.main(["runs", "retry", "1", "--step", "unknown", "--take"]) == 2
+    assert capsys.readouterr().err == "nothing that a model makes is meant by --only and --step\n"
