@@ -93,7 +93,8 @@ def test_muon_steps_the_hidden_matrices_alone(tmp_path: Path) -> None:
 def test_accumulated_batches_have_the_gradient_of_both_joined(tmp_path: Path) -> None:
     """Read where the optimiser would: AdamW's step itself does not depend on the size of a gradient."""
     halves = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
-    module, calls = model(), []
+    module = model()
+    calls: list[int] = []
 
     def loss_of(_: Moment) -> Loss:
         calls.append(len(calls))
@@ -102,7 +103,7 @@ def test_accumulated_batches_have_the_gradient_of_both_joined(tmp_path: Path) ->
     Loop(module, replace(CONFIG, steps=1, accumulate=2, clip=1e9), tmp_path).run(loss_of, say=lambda _: None)
     assert calls == [0, 1]
     joined = model()
-    joined(halves.flatten(0, 1)).square().mean().backward()  # type: ignore[no-untyped-call]
+    joined(halves.flatten(0, 1)).square().mean().backward()
     for ours, theirs in zip(module.parameters(), joined.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
