@@ -158,16 +158,16 @@ def test_a_model_that_requires_a_filter_delivers_nothing_without_one(studio: Stu
     assert studio.outputs() == ["mug_beach.png", "mug_snow.png"]
 
 
-def test_an_output_folder_that_may_not_be_written_to_is_told(studio: Studio) -> None:
+def test_an_output_folder_that_cannot_be_written_to_is_refused_before_anything_runs(studio: Studio) -> None:
     studio.write_recipe()
     (studio.folder / "out").write_text("a file where the folder should be")
     result = studio.run("run", "shop.yaml", "--json")
-    assert result.code == 3, result.err
-    assert (result.events[-1]["state"], result.events[-1]["delivered"]) == ("failed", 0)
+    assert result.code == 5, result.err
+    assert str(studio.folder / "out") in result.events[-1]["message"]
+    assert not (studio.folder / "kontext-out").exists()
     (studio.folder / "out").unlink()
     again = studio.run("run", "shop.yaml", "--json")
     assert again.code == 0, again.err
-    assert again.events[0]["instances"]["run"] == 0
 
 
 def test_a_place_outside_the_allowed_prefixes_is_refused_before_anything_runs(studio: Studio) -> None:
