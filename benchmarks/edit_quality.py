@@ -13,7 +13,6 @@ reported apart and not judged. PSNR in dB, medians:
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.color import deltaE_ciede2000, rgb2lab
 
+from benchmarks import command
 from engine.geometry import sizes
 from engine.pipeline import KontextEngine
-from engine.training.evaluate import EQUAL, HELD_OUT_SEED, Outcome, evaluate, held_out, sheet
+from engine.training.evaluate import EQUAL, HELD_OUT_SEED, Outcome, decibels, evaluate, held_out, sheet
 from engine.training.instructions import KINDS, Example, unseen_example
-from kontext_batch.registry import shipped_folder
 
 GOALS = {
     "autoencoder_db": 33.0,
@@ -65,8 +64,7 @@ class Measured:
         changed = np.abs(source - target).max(axis=-1) > 2
         kept = None
         if (~changed).mean() >= LEAST_REGION:
-            error = float(np.mean((edited - target)[~changed] ** 2))
-            kept = EQUAL if error == 0 else 10 * float(np.log10(255**2 / error))
+            kept = decibels((edited - target)[~changed])
         colour = None
         if outcome.example.kind in COLOURED and changed.mean() >= LEAST_REGION:
             colour = float(deltaE_ciede2000(_mean_lab(edited[changed]), _mean_lab(target[changed])))
@@ -120,12 +118,7 @@ def _cell(value: float | None, *, percent: bool = False) -> str:
 
 def main() -> int:
     """Measure, print, compare with the goals; 1 when one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", type=Path, nargs="?", default=shipped_folder(), help="model folder; left out, the shipped one"
-    )
-    parser.add_argument("--quick", action="store_true", help="48 pairs of 8 steps instead of 304 of 16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser = command.parser(__doc__, quick="48 pairs of 8 steps instead of 304 of 16", model=True)
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="PNG of source, edit and target of 48 pairs")
     options = parser.parse_args()
     count, other, steps = (48, 16, 8) if options.quick else (304, 96, 16)

@@ -9,7 +9,6 @@ above 18 dB, and are no worse than pixels (median over the chains of their diffe
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks import command
 from engine.latents import Latents
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.evaluate import HELD_OUT_SEED, psnr, through_autoencoder
 from engine.training.instructions import CHANGES, COMBINED
 from engine.training.products import Scene, random_scene, render
-from kontext_batch.registry import shipped_folder
 
 TURNS = 6
 GOALS = {"latents_db": 18.0, "gain_db": 0.0}
@@ -84,12 +83,7 @@ def plot(path: Path, lines: dict[str, list[float]]) -> None:
 
 def main() -> int:
     """Measure, print, compare with the goals; 1 when one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", type=Path, nargs="?", default=shipped_folder(), help="model folder; left out, the shipped one"
-    )
-    parser.add_argument("--quick", action="store_true", help="16 chains of 8 steps instead of 96 of 16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser = command.parser(__doc__, quick="16 chains of 8 steps instead of 96 of 16", model=True)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of PSNR by turn")
     options = parser.parse_args()
     count, steps = (16, 8) if options.quick else (96, 16)

@@ -9,16 +9,15 @@ Peak memory is that of the process, imports included.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
+from benchmarks import command
 from kontext_batch.planning import uris
 from kontext_batch.planning.inputs import join, read_rows, wanted_files
 from kontext_batch.planning.listing import ModelInfo
@@ -128,9 +127,7 @@ def measure(steps: int) -> dict[str, float]:
 
 def main() -> int:
     """Measure, print, compare with the goals; 1 when one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 steps, goals in proportion")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser = command.parser(__doc__, quick="20,000 steps, goals in proportion")
     options = parser.parse_args()
     steps = STEPS // 5 if options.quick else STEPS
     result = measure(steps)

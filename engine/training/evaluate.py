@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from engine.latents import image_to_tensor, tensor_to_image
@@ -52,6 +53,11 @@ class Outcome:
 def psnr(first: Image.Image, second: Image.Image) -> float:
     """In dB over all channels; equal pictures count as 99."""
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return decibels(difference)
+
+
+def decibels(difference: NDArray[np.float64]) -> float:
+    """PSNR of a difference in levels of 0 to 255."""
     squared = float(np.mean(difference**2))
     return EQUAL if squared == 0 else 10 * float(np.log10(255**2 / squared))
 

@@ -1,0 +1,20 @@
+"""What the command lines of all benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from kontext_batch.registry import shipped_folder
+
+
+def parser(description: str | None, *, quick: str, model: bool = False) -> argparse.ArgumentParser:
+    """`--quick` and `--json FILE`; with `model` also the folder of the model that is measured."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if model:
+        found.add_argument(
+            "model", type=Path, nargs="?", default=shipped_folder(), help="model folder; left out, the shipped one"
+        )
+    found.add_argument("--quick", action="store_true", help=quick)
+    found.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    return found
