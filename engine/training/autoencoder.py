@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
 from engine.latents import image_to_tensor
-from engine.training.data import shares
+from engine.training.data import shares, stacked
 from engine.training.instructions import random_example
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
 from engine.training.products import render
@@ -31,11 +31,7 @@ def picture_pool(count: int, seed: int, area: int = 128 * 128) -> list[Tensor]:
     """About `count` pictures as bytes, one (n, 3, height, width) for each size of `area`; half of them square."""
     rng = np.random.default_rng(seed)
     return [
-        torch.from_numpy(
-            np.stack([np.asarray(render(random_example(rng).after, width, height)) for _ in range(share)])
-            .transpose(0, 3, 1, 2)
-            .copy()
-        )
+        stacked(render(random_example(rng).after, width, height) for _ in range(share))
         for (width, height), share in shares(count, area).items()
     ]
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,35 +50,44 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class FlowData:
-    """Pairs of one size as the flow sees them: packed latents (count, tokens, channels) and token ids.
-
-    The ids of the empty prompt come last.
-    """
+class EncodedPairs:
+    """Pairs of one size after the autoencoder: packed latents (count, tokens, channels), on the CPU."""
 
     before: Tensor
     after: Tensor
     has_before: Tensor
-    clip_ids: Tensor
-    """(count + 1, 77)"""
-    t5_ids: Tensor
-    """(count + 1, text length)"""
+    prompts: list[str]
     grid: tuple[int, int]
     """Rows and columns of tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class FlowData:
+    """Encoded pairs and the token ids of their words; the ids of the empty prompt come last."""
+
+    pairs: EncodedPairs
+    clip_ids: Tensor
+    """(count + 1, 77)"""
+    t5_ids: Tensor
+    """(count + 1, text length)"""
+
+    @classmethod
+    def of(cls, pairs: EncodedPairs, token_ids: Callable[[list[str]], tuple[Tensor, Tensor]]) -> FlowData:
+        return cls(pairs, *token_ids([*pairs.prompts, ""]))
+
+
+def stacked(pictures: Iterable[Image.Image]) -> Tensor:
+    """Pictures of one size as bytes (count, 3, height, width)."""
+    return torch.from_numpy(np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]))
+
+
 def drawn_pairs(count: int, rng: np.random.Generator, width: int, height: int) -> Pairs:
     """`count` drawn pairs of one size."""
-    after = np.zeros((count, height, width, 3), np.uint8)
-    before = np.zeros_like(after)
     examples = [random_example(rng) for _ in range(count)]
-    for index, example in enumerate(examples):
-        after[index] = np.asarray(render(example.after, width, height))
-        if example.before is not None:
-            before[index] = np.asarray(render(example.before, width, height))
+    nothing = Image.new("RGB", (width, height))
     return Pairs(
-        before=torch.from_numpy(before).permute(0, 3, 1, 2),
-        after=torch.from_numpy(after).permute(0, 3, 1, 2),
+        before=stacked(nothing if each.before is None else render(each.before, width, height) for each in examples),
+        after=stacked(render(each.after, width, height) for each in examples),
         has_before=torch.tensor([example.before is not None for example in examples]),
         prompts=[example.instruction for example in examples],
     )
@@ -97,41 +106,22 @@ def read_pairs(table: Path, width: int, height: int) -> Pairs:
     if not rows:
         raise ConfigError(f"{table}: no pairs")
 
-    def picture(name: str, line: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def picture(name: str, line: int) -> Image.Image:
         try:
             with Image.open(table.parent / name) as image:
                 upright = ImageOps.exif_transpose(image).convert("RGB")
         except OSError as error:
             raise ConfigError(f"{table}, line {line}: {name} cannot be read ({error})") from error
-        return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+        return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
 
-    after = np.stack([picture(row["after"], line) for line, row in enumerate(rows, start=2)])
-    before = np.zeros_like(after)
-    for index, row in enumerate(rows):
-        if row["before"]:
-            before[index] = picture(row["before"], index + 2)
+    nothing = Image.new("RGB", (width, height))
+    numbered = list(enumerate(rows, start=2))
     return Pairs(
-        before=torch.from_numpy(before),
-        after=torch.from_numpy(after),
+        after=stacked(picture(row["after"], line) for line, row in numbered),
+        before=stacked(picture(row["before"], line) if row["before"] else nothing for line, row in numbered),
         has_before=torch.tensor([bool(row["before"]) for row in rows]),
         prompts=[row["instruction"] for row in rows],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPairs:
-    """Pairs of one size after the autoencoder: packed latents (count, tokens, channels), on the CPU."""
-
-    before: Tensor
-    after: Tensor
-    has_before: Tensor
-    prompts: list[str]
-    grid: tuple[int, int]
-
-    def with_ids(self, token_ids: Callable[[list[str]], tuple[Tensor, Tensor]]) -> FlowData:
-        """With the tokens of their words."""
-        clip_ids, t5_ids = token_ids([*self.prompts, ""])
-        return FlowData(self.before, self.after, self.has_before, clip_ids, t5_ids, self.grid)
 
 
 def encode_pairs(autoencoder: Autoencoder, pairs: Pairs) -> EncodedPairs:
@@ -183,7 +173,7 @@ def _made_of(weights: str, count: int, seed: tuple[int, int], width: int, height
     """Hash of what kept latents depend on; the first pairs stand for how pairs are drawn and worded."""
     first = drawn_pairs(min(count, 8), np.random.default_rng(seed), width, height)
     digest = hashlib.sha256(f"{weights} {count} {seed} {first.prompts}".encode())
-    digest.update(first.after.contiguous().numpy().tobytes())
+    digest.update(first.after.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -133,26 +133,27 @@ def edit_loss(
 ) -> Tensor:
     """The objective over a random batch of one size. Rows without context, for text-to-image, leave its tokens out."""
     device = next(module.parameters()).device
-    counts = np.array([len(part.after) for part in parts])
+    counts = np.array([len(part.pairs.after) for part in parts])
     data = parts[moment.numpy.choice(len(parts), p=counts / counts.sum())]
-    empty = len(data.after)
+    pairs = data.pairs
+    empty = len(pairs.after)
     chosen = torch.from_numpy(moment.numpy.integers(0, empty, batch))
     worded = torch.where(torch.from_numpy(moment.numpy.random(batch) < PROMPT_DROPOUT), empty, chosen)
-    kept = torch.from_numpy(moment.numpy.random(batch) >= context_dropout) & data.has_before[chosen]
+    kept = torch.from_numpy(moment.numpy.random(batch) >= context_dropout) & pairs.has_before[chosen]
     total = torch.zeros((), device=device)
     for with_context in (True, False):  # their sequences differ in length
         rows = (kept == with_context).nonzero()[:, 0]
         if not len(rows):
             continue
-        context = data.before[chosen[rows]].to(device) if with_context else None
+        context = pairs.before[chosen[rows]].to(device) if with_context else None
         ids = (data.clip_ids[worded[rows]].to(device), data.t5_ids[worded[rows]].to(device))
 
         def velocity(
             x: Tensor, t: Tensor, context: Tensor | None = context, ids: tuple[Tensor, Tensor] = ids
         ) -> Tensor:
-            return module.velocity(x, t, context, ids, data.grid)
+            return module.velocity(x, t, context, ids, pairs.grid)
 
-        loss = flow_loss(velocity, data.after[chosen[rows]].to(device), moment.torch)
+        loss = flow_loss(velocity, pairs.after[chosen[rows]].to(device), moment.torch)
         total = total + loss * len(rows) / batch
     return total
 

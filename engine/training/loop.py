@@ -251,9 +251,12 @@ class Loop:
 
     def use_average(self) -> None:
         """Put the averaged parameters into the module."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.average[name])
+        self._put(self.average)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -265,9 +268,7 @@ class Loop:
             yield
         finally:
             self.module.train()
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(kept[name])
+            self._put(kept)
 
     def _log(self, shown: Mapping[str, list[float]], started: float, first: int, say: Callable[[str], None]) -> None:
         figures = {name: sum(values) / len(values) for name, values in shown.items()}

@@ -165,25 +165,23 @@ def render(scene: Scene, width: int = 128, height: int = 128) -> Image.Image:
     if scene.shadow:
         foot = FOOT.get(scene.product, 0.98)
         shade = Image.new("L", (width, height))
-        box = [
-            (at(x, foot + y)[0] / SUPERSAMPLE, at(x, foot + y)[1] / SUPERSAMPLE)
-            for x, y in ((-0.95, -0.12), (0.95, 0.14))
-        ]
+        box = [(centre_x + x * unit, centre_y + (foot + y) * unit) for x, y in ((-0.95, -0.12), (0.95, 0.14))]
         ImageDraw.Draw(shade).ellipse(box, fill=255)
         canvas *= 1 - 0.3 * _share(shade.filter(ImageFilter.GaussianBlur(0.06 * unit)))
     x: Float = (((np.arange(SUPERSAMPLE * width) + 0.5) / SUPERSAMPLE - centre_x) / unit).astype(np.float32)
     y: Float = (((np.arange(SUPERSAMPLE * height) + 0.5) / SUPERSAMPLE - centre_y) / unit).astype(np.float32)
     body = Image.new("L", (SUPERSAMPLE * width, SUPERSAMPLE * height))
     SHAPES[scene.product](ImageDraw.Draw(body), at, SUPERSAMPLE * unit)
+    covered = _share(body.reduce(SUPERSAMPLE))
     base = np.array(COLOURS[scene.colour], np.float32)
-    paint = base * _share(body.reduce(SUPERSAMPLE))
+    paint = base * covered
     if scene.pattern != "plain":
         marked = Image.fromarray(_marked(scene.pattern, x[None, :], y[:, None]).astype(np.uint8) * np.uint8(255))
         ink = np.array((245, 245, 243) if base.mean() < 190 else (60, 62, 70), np.float32)
         paint += (ink - base) * _share(ImageChops.darker(body, marked).reduce(SUPERSAMPLE))
     across = x[SUPERSAMPLE // 2 :: SUPERSAMPLE, None]
     paint *= 1.04 - 0.2 * np.clip((across + 1) / 2, 0, 1)  # light from the left
-    canvas = canvas * (1 - _share(body.reduce(SUPERSAMPLE))) + np.minimum(paint, 255)
+    canvas = canvas * (1 - covered) + np.minimum(paint, 255)
     picture = Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), "RGB")
     if scene.badge:
         _pin(scene.badge, picture, side)

@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from engine.latents import Latents, tensor_to_image, unpack
+from engine.geometry import TOKEN_SIDE
+from engine.latents import Latents
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.data import EncodedPairs
 from engine.training.evaluate import compare
@@ -19,12 +16,11 @@ from engine.training.evaluate import compare
 PREVIEWED, PREVIEW_STEPS = 12, 8
 
 
-@torch.no_grad()
 def preview(engine: KontextEngine, parts: Sequence[EncodedPairs], path: Path) -> None:
     """A sheet of source, edit and target of the first training pairs, always the same ones with the same noise."""
     part = parts[0]
     rows, columns = part.grid
-    size = 16 * columns, 16 * rows
+    size = TOKEN_SIDE * columns, TOKEN_SIDE * rows
     chosen = range(min(PREVIEWED, len(part.prompts)))
     requests = [
         EditRequest(
@@ -38,20 +34,17 @@ def preview(engine: KontextEngine, parts: Sequence[EncodedPairs], path: Path) ->
         for index in chosen
     ]
 
-    def picture(packed: Tensor) -> Image.Image:
-        return tensor_to_image(engine.autoencoder.decode(unpack(packed[None].to(engine.device), *part.grid))[0])
-
     sheet = compare(
         [
             (
                 (
-                    picture(part.before[index]) if part.has_before[index] else None,
+                    None if request.image is None else engine.decode(Latents(part.before[index], *size)),
                     made.image,
-                    picture(part.after[index]),
+                    engine.decode(Latents(part.after[index], *size)),
                 ),
                 part.prompts[index],
             )
-            for index, made in zip(chosen, engine.edit(requests), strict=True)
+            for index, request, made in zip(chosen, requests, engine.edit(requests), strict=True)
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)

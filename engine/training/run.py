@@ -24,7 +24,7 @@ from engine.keys import autoencoder_to_diffusers
 from engine.pipeline import KontextEngine, choose_device
 from engine.training.adapter import TARGETS, LowRankAdapter
 from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
-from engine.training.data import EncodedPairs, drawn_latents, encode_pairs, read_pairs
+from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_pairs, read_pairs
 from engine.training.flow import FlowWithText, freeze_unused_guidance, train_flow
 from engine.training.loop import LoopConfig
 from engine.training.report import plot, preview
@@ -171,13 +171,11 @@ def _train_autoencoder(config: TrainingConfig, say: Say) -> None:
 def _train_flow(config: TrainingConfig, say: Say) -> None:
     device = choose_device(config.device)
     if config.vae is not None:
-        module, autoencoder = FlowWithText.new(config.folder), read_autoencoder(config.vae)
+        module, autoencoder = FlowWithText.new(config.folder).to(device), read_autoencoder(config.vae).to(device)
     else:
         assert config.base is not None
         module = FlowWithText.load(config.base, device)
         autoencoder = load_autoencoder(find_model(config.base), device=device)
-    module.to(device)
-    autoencoder.to(device)
     trained: nn.Module = module
     if config.kind == "flow":
         module.requires_grad_(True)
@@ -204,7 +202,7 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
     train_flow(
         module,
         trained,
-        [part.with_ids(module.text.token_ids) for part in parts],
+        [FlowData.of(part, module.text.token_ids) for part in parts],
         config.loop,
         config.folder,
         batch=config.batch,

@@ -23,7 +23,7 @@ from engine.pipeline import EditRequest, KontextEngine
 from engine.training.__main__ import main
 from engine.training.adapter import LowRankAdapter
 from engine.training.autoencoder import normalised, picture_pool
-from engine.training.data import FlowData, drawn_latents, encode_all, read_pairs
+from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_all, read_pairs
 from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
 from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
 from engine.training.loop import LoopConfig, Moment
@@ -55,15 +55,14 @@ def module() -> FlowWithText:
 
 def data_of(module: FlowWithText, count: int = 6) -> FlowData:
     generator = torch.Generator().manual_seed(0)
-    clip_ids, t5_ids = module.text.token_ids([*(f"make it {index}" for index in range(count)), ""])
-    return FlowData(
+    pairs = EncodedPairs(
         before=torch.randn(count, 4, 64, generator=generator),
         after=torch.randn(count, 4, 64, generator=generator),
         has_before=torch.arange(count) % 3 != 0,
-        clip_ids=clip_ids,
-        t5_ids=t5_ids,
+        prompts=[f"make it {index}" for index in range(count)],
         grid=(2, 2),
     )
+    return FlowData.of(pairs, module.text.token_ids)
 
 
 def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
