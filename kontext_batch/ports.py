@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
-from kontext_batch.planning.plan import Axes, Plan
+from kontext_batch.planning.plan import Axes, InstanceId, Plan
 from kontext_batch.planning.states import RunState, StepState
 
 # --------------------------------------------------------------------------------------------------- objects
@@ -378,7 +378,7 @@ class Repository(Protocol):
         """State of each known key (unknown keys are left out); a done step whose artifact was collected is left out."""
         ...
 
-    def latest_instances(self, recipe: str) -> Mapping[tuple[str, Axes, int], StoredInstance]:
+    def latest_instances(self, recipe: str) -> Mapping[InstanceId, StoredInstance]:
         """For each (node, axes, candidate) of the recipe of that name: how its most recent run had it."""
         ...
 

@@ -15,8 +15,8 @@ from kontext_batch.errors import InfrastructureError, SettingsError, StorageFull
 
 if TYPE_CHECKING:
     from kontext_batch.bootstrap import Application
-    from kontext_batch.planning.plan import Plan, SkippedRow
-    from kontext_batch.services.prepare import InstanceId, Prepared, Selection
+    from kontext_batch.planning.plan import InstanceId, Plan, SkippedRow
+    from kontext_batch.services.prepare import Prepared, Selection
 
 NO_ROOM = 256 * 1024
 """Bytes left on a disk with which nothing can be done."""

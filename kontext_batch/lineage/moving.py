@@ -15,9 +15,10 @@ STEPS = t.steps.c
 
 
 def artifact_elsewhere(conn: sa.Connection, prefix: str) -> str | None:
-    """URI of some kept artifact that does not lie under `prefix`; none while a worker is at work."""
+    """URI of some kept artifact that does not lie under `prefix`, which ends in `/`; none while a worker is at work."""
     at_work = exists(in_state(STEPS.state, StepState.LEASED), STEPS.lease_until > now())
-    outside = sa.func.substr(ARTIFACTS.uri, 1, len(prefix)) != prefix
+    # As ranges, which the index over URIs answers; "0" follows "/". Every command asks this when it starts.
+    outside = sa.or_(ARTIFACTS.uri < prefix, ARTIFACTS.uri >= prefix.removesuffix("/") + "0")
     return conn.scalar(sa.select(ARTIFACTS.uri).where(outside, ARTIFACTS.collected_at.is_(None), ~at_work).limit(1))
 
 

@@ -12,7 +12,7 @@ from kontext_batch.hashing import ALGORITHM
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.sql import among, now, seconds_between
 from kontext_batch.lineage.submit import known_steps
-from kontext_batch.planning.plan import Axes
+from kontext_batch.planning.plan import InstanceId
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
     Artifact,
@@ -38,7 +38,7 @@ def step_states(conn: sa.Connection, keys: Iterable[str]) -> dict[str, StepState
     return {key: step.state for key, step in found.items() if step.kept or step.state is not StepState.DONE}
 
 
-def latest_instances(conn: sa.Connection, recipe: str) -> dict[tuple[str, Axes, int], StoredInstance]:
+def latest_instances(conn: sa.Connection, recipe: str) -> dict[InstanceId, StoredInstance]:
     age = sa.func.row_number().over(
         partition_by=(RUN_STEPS.node, RUN_STEPS.axes, RUN_STEPS.candidate), order_by=RUN_STEPS.run_id.desc()
     )

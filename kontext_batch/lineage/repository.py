@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from kontext_batch.lineage import claim, commit, deliveries, garbage, moving, queries, runs, submit
 from kontext_batch.lineage.engine import Transactions, open_database
 from kontext_batch.lineage.verify import Violation, verify
-from kontext_batch.planning.plan import Axes, Plan
+from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import (
     Artifact,
@@ -47,7 +47,7 @@ class SqlRepository:
     def step_states(self, keys: Iterable[str]) -> Mapping[str, StepState]:
         return self._db.read(queries.step_states, list(keys))
 
-    def latest_instances(self, recipe: str) -> Mapping[tuple[str, Axes, int], StoredInstance]:
+    def latest_instances(self, recipe: str) -> Mapping[InstanceId, StoredInstance]:
         return self._db.read(queries.latest_instances, recipe)
 
     def lane_seconds(self) -> Mapping[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from kontext_batch.planning.params import input_identity
-from kontext_batch.planning.plan import Axes, Instance, Plan, PlannedStep
+from kontext_batch.planning.plan import Instance, InstanceId, Plan, PlannedStep
 from kontext_batch.planning.uris import file_name
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.source import Path
@@ -73,7 +73,7 @@ _STATES = {
 
 def explain(
     plan: Plan,
-    previous: Mapping[tuple[str, Axes, int], Previous],
+    previous: Mapping[InstanceId, Previous],
     *,
     done: Container[str],
     live: Container[str] = frozenset(),
@@ -98,7 +98,7 @@ def explain(
         elif instance.key in seen or instance.key in live:
             status = "shared"
         else:
-            before = previous.get((instance.node, instance.axes, instance.candidate))
+            before = previous.get(instance.id)
             reasons = tuple(_reasons(steps[instance.key], instance, before, nodes, recipe))
         seen.add(instance.key)
         explained.append(Explained(instance, status, reasons))

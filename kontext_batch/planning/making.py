@@ -13,7 +13,7 @@ from kontext_batch.planning.frames import Shape, source_shape
 from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.planning.nodes import FromStep, Node, Nodes
 from kontext_batch.planning.params import SAMPLING, lane_of, step_key
-from kontext_batch.planning.plan import Axes, ImageInfo, Instance, PlannedStep, StepInput
+from kontext_batch.planning.plan import Axes, ImageInfo, Instance, InstanceId, PlannedStep, StepInput
 from kontext_batch.planning.points import FullPoint
 from kontext_batch.planning.values import AtPoint, Point
 from kontext_batch.recipes.loader import Recipe
@@ -36,7 +36,7 @@ class World:
     count_tokens: Callable[[str, str], int] | None
     lane_seconds: Mapping[str, float]
     default_seconds: float | None
-    takes: Mapping[tuple[str, Axes, int], int]
+    takes: Mapping[InstanceId, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -228,7 +228,17 @@ class Making:
     def _sets(self, node: Node, point: FullPoint) -> list[Found] | None:
         """Every picture of an instance, in order; None when a parent could not be made (it has been told)."""
         found: list[Found] = []
-        seen: set[tuple[str, object]] = set()  # on a sheet each picture is shown once
+        seen: set[tuple[object, ...]] = set()
+
+        def again(*picture: object) -> bool:
+            """Whether it is on the sheet already: a sheet shows each picture once."""
+            if not node.is_sheet:
+                return False
+            if picture in seen:
+                return True
+            seen.add(picture)
+            return False
+
         for each in self.nodes.cells(node, point) if node.is_sheet else (point,):
             for use in node.pictures:
                 chosen = self.nodes.chosen(use, each)
@@ -237,10 +247,8 @@ class Making:
                 if isinstance(chosen, FromStep):
                     parent = self.nodes[chosen.step]
                     key = parent.project(each)
-                    if node.is_sheet:
-                        if (chosen.step, key) in seen:
-                            continue
-                        seen.add((chosen.step, key))
+                    if again(chosen.step, key):
+                        continue
                     made = self.made[chosen.step].get(key)
                     if made is None:
                         return None
@@ -248,12 +256,11 @@ class Making:
                     continue
                 if len(chosen) > 1 and use.role in ("image", "logo"):
                     raise Fault(use.path, f"{len(chosen)} pictures are listed here; one is wanted")
-                for picture in chosen:
-                    if node.is_sheet:
-                        if (picture.uri, use.path) in seen:
-                            continue
-                        seen.add((picture.uri, use.path))
-                    found.append(Found(use.role, use.path, each, picture, None, None))
+                found += [
+                    Found(use.role, use.path, each, picture, None, None)
+                    for picture in chosen
+                    if not again(picture.uri, use.path)
+                ]
         return found
 
     def _fans(self, sets: Sequence[Found]) -> tuple[tuple[str, int], ...]:

@@ -11,6 +11,8 @@ from typing import Any
 
 Axes = tuple[tuple[str, str], ...]
 """Axis name and value key, in the order of the recipe: `(("item", "RX-100"), ("scene", "terrace"))`."""
+InstanceId = tuple[str, Axes, int]
+"""Node, axes and candidate."""
 
 OPERATIONS_LANE = "operations"
 """The lane of every Pillow operation; edits have one lane for each model, adapters and numeric mode."""
@@ -78,6 +80,10 @@ class Instance:
     axes: Axes
     candidate: int
     key: str
+
+    @property
+    def id(self) -> InstanceId:
+        return self.node, self.axes, self.candidate
 
 
 @dataclass(frozen=True, slots=True)

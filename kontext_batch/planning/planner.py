@@ -18,7 +18,7 @@ from kontext_batch.planning.listing import AdapterInfo, Listed, ModelInfo
 from kontext_batch.planning.making import Making, World
 from kontext_batch.planning.nodes import FromStep, Node, Nodes
 from kontext_batch.planning.operations import planner_for
-from kontext_batch.planning.plan import Axes, Plan
+from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.points import FullPoint, Points
 from kontext_batch.planning.values import AtPoint, Point, Texts
 from kontext_batch.recipes.loader import Recipe
@@ -38,7 +38,7 @@ def plan_recipe(
     count_tokens: Callable[[str, str], int] | None = None,
     lane_seconds: Mapping[str, float] | None = None,
     default_seconds: float | None = None,
-    takes: Mapping[tuple[str, Axes, int], int] | None = None,
+    takes: Mapping[InstanceId, int] | None = None,
     only: Mapping[str, Sequence[str]] | None = None,
     limit: int | None = None,
     numeric_mode: str = "float32",

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence, Set
 
 from kontext_batch.planning.listing import Listed
-from kontext_batch.planning.plan import Axes, Instance, Plan
+from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.points import axis_values
 from kontext_batch.recipes.loader import Recipe
 
-Slice = Set[tuple[str, Axes, int]]
-"""Node, axes and candidate of each instance."""
+Slice = Set[InstanceId]
 
 
 def only_of(
@@ -35,21 +34,17 @@ def only_of(
 
 def part_of(plan: Plan, instances: Slice) -> Plan:
     """The plan with the deliveries of these instances alone, and the steps that those need."""
-    deliveries = tuple(each for each in plan.deliveries if _id(each.instance) in instances)
+    deliveries = tuple(each for each in plan.deliveries if each.instance.id in instances)
     needed = {each.key for each in deliveries}
     for step in reversed(plan.steps):  # children before their parents
         if step.key in needed:
             needed.update(each.parent for each in step.inputs if each.parent is not None)
     kept = [each for each in plan.instances if each.key in needed]
     # Two instances may share a key; a step that the recipe did not have then has no instance there.
-    there = {each.key for each in kept if _id(each) in instances}
+    there = {each.key for each in kept if each.id in instances}
     return dataclasses.replace(
         plan,
         steps=tuple(step for step in plan.steps if step.key in needed),
-        instances=tuple(each for each in kept if _id(each) in instances or each.key not in there),
+        instances=tuple(each for each in kept if each.id in instances or each.key not in there),
         deliveries=deliveries,
     )
-
-
-def _id(instance: Instance) -> tuple[str, Axes, int]:
-    return instance.node, instance.axes, instance.candidate

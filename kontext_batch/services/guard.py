@@ -12,6 +12,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from kontext_batch.errors import InfrastructureError, NotAllowed
 from kontext_batch.planning import uris
+from kontext_batch.planning.limits import sources
 from kontext_batch.planning.plan import Plan
 from kontext_batch.ports import Folder, ObjectStore
 
@@ -34,8 +35,7 @@ def delivery_faults(
     URIs that belong to the workspace itself.
     """
     places = _Places(store)
-    read = {each.source.uri for step in plan.steps for each in step.inputs if each.source is not None}
-    kept = frozenset(uris.one_file(one) for uri in read.union(protected) for one in places.all_of(uri))
+    kept = frozenset(uris.one_file(one) for uri in {*sources(plan), *protected} for one in places.all_of(uri))
     own = tuple({uris.one_file(one) for prefix in kept_prefixes for one in places.all_of(prefix)})
     faults: list[str] = []
     taken: dict[str, str] = {}
@@ -52,9 +52,10 @@ def delivery_faults(
         found = places.target(folder + "/")
         really = path if isinstance(found, str) else found.uri + name
         place = uris.one_file(really)
-        if place in kept or (really != path and uris.one_file(path) in kept):
+        names = {place} if really == path else {place, uris.one_file(path)}
+        if not names.isdisjoint(kept):
             faults.append(f"{path} is something that the recipe is made from: it would be overwritten")
-        elif place.startswith(own) or (really != path and uris.one_file(path).startswith(own)):
+        elif any(each.startswith(own) for each in names):
             faults.append(f"{path} belongs to the workspace: choose another name")
         elif len(max(map(_bytes, segments), key=len)) > LONGEST_NAME:
             faults.append(f"{path[:120]}...: a name has at most {LONGEST_NAME} bytes")

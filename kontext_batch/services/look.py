@@ -118,7 +118,7 @@ class Looker:
         fresh: list[InputRecord] = []
         for each in objects:
             if each.problem is not None:  # not remembered: it goes when the folders that may be read change
-                records[each.uri] = InputRecord(each.uri, each.etag, "", 0, 0, 0, "", each.problem)
+                records[each.uri] = _unusable(each, each.problem)
                 continue
             record = known.get(each.uri)
             if record is None or record.etag != each.etag:

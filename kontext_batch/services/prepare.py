@@ -13,7 +13,7 @@ from kontext_batch.planning.inputs import wanted_tables
 from kontext_batch.planning.limits import budget_reasons, changed_inputs, changed_models, sources
 from kontext_batch.planning.listing import AdapterInfo, Listed, ModelInfo
 from kontext_batch.planning.params import SAMPLING
-from kontext_batch.planning.plan import Axes, Plan
+from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.planner import plan_recipe
 from kontext_batch.planning.slices import only_of, part_of
 from kontext_batch.planning.states import LIVE, StepState
@@ -21,9 +21,6 @@ from kontext_batch.ports import NewRun, Repository, StoredInstance, WakeUps
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.services.guard import delivery_faults
 from kontext_batch.services.look import Looker, base_of
-
-InstanceId = tuple[str, Axes, int]
-"""Node, axes and candidate."""
 
 
 @dataclass(frozen=True, slots=True)

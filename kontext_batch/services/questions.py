@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.planning.params import SAMPLING
-from kontext_batch.planning.plan import Axes
+from kontext_batch.planning.plan import Axes, InstanceId
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import AttemptRow, Repository, RunSummary, SourceInput, StepRow
-from kontext_batch.services.prepare import InstanceId, Prepared, earlier_takes
+from kontext_batch.services.prepare import Prepared, earlier_takes
 
 HISTORY = 50
 """Runs that are looked through for how a step was before."""
@@ -77,6 +77,8 @@ def found_steps(repository: Repository, text: str, *, run_id: int | None = None)
 
 def run_that_wanted(repository: Repository, uri: str) -> int | None:
     """The newest run that has an output at `uri`; None where none of the last ones has."""
+    if not repository.find_steps(uri):  # mostly: one question instead of one for each run
+        return None
     runs = repository.runs(limit=HISTORY)
     return next((run.id for run in runs if repository.find_steps(uri, run_id=run.id)), None)
 
@@ -142,7 +144,7 @@ def next_takes(repository: Repository, ready: Prepared, nodes: Sequence[str] | N
     before = earlier_takes(repository.latest_instances(ready.plan.recipe))
     only = {axis.partition(".")[0]: () for axis in ready.selection.only}
     takes = {
-        (each.node, each.axes, each.candidate): before.get((each.node, each.axes, each.candidate), 0) + 1
+        each.id: before.get(each.id, 0) + 1
         for each in ready.plan.instances
         if each.key in sampled and _means(each.node, each.axes, only, nodes)
     }
