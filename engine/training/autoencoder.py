@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
 from engine.latents import image_to_tensor
-from engine.training.data import shares, stacked
+from engine.training.data import size_counts, stacked
 from engine.training.instructions import random_example
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
 from engine.training.products import render
@@ -32,7 +32,7 @@ def picture_pool(count: int, seed: int, area: int = 128 * 128) -> list[Tensor]:
     rng = np.random.default_rng(seed)
     return [
         stacked(render(random_example(rng).after, width, height) for _ in range(share))
-        for (width, height), share in shares(count, area).items()
+        for (width, height), share in size_counts(count, area).items()
     ]
 
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from engine.autoencoder import Autoencoder
 from engine.errors import ConfigError
 from engine.geometry import sizes, token_grid
 from engine.latents import pack
-from engine.training.instructions import random_example
+from engine.training.instructions import SHARES, random_example
 from engine.training.products import render
 
 COLUMNS = ("before", "after", "instruction")
@@ -29,7 +29,7 @@ SQUARE_SHARE = 0.5
 """Of what is drawn; the other sizes of the model's list have the rest in equal parts."""
 
 
-def shares(count: int, area: int) -> dict[tuple[int, int], int]:
+def size_counts(count: int, area: int) -> dict[tuple[int, int], int]:
     """How many of `count` pictures to draw at each size (width, height) of an area."""
     others = [size for size in sizes(area) if size[0] != size[1]]
     square = math.isqrt(area)
@@ -81,9 +81,11 @@ def stacked(pictures: Iterable[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]))
 
 
-def drawn_pairs(count: int, rng: np.random.Generator, width: int, height: int) -> Pairs:
-    """`count` drawn pairs of one size."""
-    examples = [random_example(rng) for _ in range(count)]
+def drawn_pairs(
+    count: int, rng: np.random.Generator, width: int, height: int, shares: Mapping[str, float] = SHARES
+) -> Pairs:
+    """`count` drawn pairs of one size, of kinds as often as `shares` has them."""
+    examples = [random_example(rng, shares) for _ in range(count)]
     nothing = Image.new("RGB", (width, height))
     return Pairs(
         before=stacked(nothing if each.before is None else render(each.before, width, height) for each in examples),
@@ -142,7 +144,9 @@ def encode_all(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
     return torch.cat([pack(autoencoder.encode(part.to(device).float() / 127.5 - 1)).cpu() for part in parts])
 
 
-def drawn_latents(autoencoder: Autoencoder, count: int, seed: int, folder: Path) -> list[EncodedPairs]:
+def drawn_latents(
+    autoencoder: Autoencoder, count: int, seed: int, folder: Path, shares: Mapping[str, float] = SHARES
+) -> list[EncodedPairs]:
     """Drawn pairs at the sizes of the autoencoder's area, encoded once and kept in `folder`.
 
     They are made again when the autoencoder, the seed, the count or what is drawn has changed since.
@@ -152,16 +156,16 @@ def drawn_latents(autoencoder: Autoencoder, count: int, seed: int, folder: Path)
     for name, tensor in sorted(autoencoder.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     out = []
-    for index, ((width, height), share) in enumerate(shares(count, autoencoder.config.sample_size**2).items()):
-        made_of = _made_of(weights.hexdigest(), share, (seed, index), width, height)
+    for index, ((width, height), part) in enumerate(size_counts(count, autoencoder.config.sample_size**2).items()):
+        made_of = _made_of(weights.hexdigest(), part, (seed, index), width, height, shares)
         path = folder / f"{width}x{height}.safetensors"
         if _kept_under(path) != made_of:
-            pairs = drawn_pairs(share, np.random.default_rng((seed, index)), width, height)
+            pairs = drawn_pairs(part, np.random.default_rng((seed, index)), width, height, shares)
             found = encode_pairs(autoencoder, pairs)
             tensors = {"before": found.before, "after": found.after, "has_before": found.has_before}
-            part = path.with_suffix(".part")
-            save_file(tensors, part, metadata={"prompts": json.dumps(found.prompts), "made_of": made_of})
-            part.replace(path)
+            unfinished = path.with_suffix(".part")
+            save_file(tensors, unfinished, metadata={"prompts": json.dumps(found.prompts), "made_of": made_of})
+            unfinished.replace(path)
         with safe_open(path, framework="pt") as file:
             prompts = json.loads(file.metadata()["prompts"])
             tensors = {name: file.get_tensor(name) for name in ("before", "after", "has_before")}
@@ -169,10 +173,12 @@ def drawn_latents(autoencoder: Autoencoder, count: int, seed: int, folder: Path)
     return out
 
 
-def _made_of(weights: str, count: int, seed: tuple[int, int], width: int, height: int) -> str:
+def _made_of(
+    weights: str, count: int, seed: tuple[int, int], width: int, height: int, shares: Mapping[str, float]
+) -> str:
     """Hash of what kept latents depend on; the first pairs stand for how pairs are drawn and worded."""
-    first = drawn_pairs(min(count, 8), np.random.default_rng(seed), width, height)
-    digest = hashlib.sha256(f"{weights} {count} {seed} {first.prompts}".encode())
+    first = drawn_pairs(min(count, 8), np.random.default_rng(seed), width, height, shares)
+    digest = hashlib.sha256(f"{weights} {count} {seed} {sorted(shares.items())} {first.prompts}".encode())
     digest.update(first.after.numpy().tobytes())
     return digest.hexdigest()
 

@@ -129,7 +129,13 @@ def freeze_unused_guidance(flow: FlowTransformer) -> None:
 
 
 def edit_loss(
-    module: FlowWithText, parts: Sequence[FlowData], moment: Moment, batch: int, *, context_dropout: float = 0.0
+    module: FlowWithText,
+    parts: Sequence[FlowData],
+    moment: Moment,
+    batch: int,
+    *,
+    context_dropout: float = 0.0,
+    time_mean: float | None = None,
 ) -> Tensor:
     """The objective over a random batch of one size. Rows without context, for text-to-image, leave its tokens out."""
     device = next(module.parameters()).device
@@ -153,7 +159,7 @@ def edit_loss(
         ) -> Tensor:
             return module.velocity(x, t, context, ids, pairs.grid)
 
-        loss = flow_loss(velocity, pairs.after[chosen[rows]].to(device), moment.torch)
+        loss = flow_loss(velocity, pairs.after[chosen[rows]].to(device), moment.torch, time_mean)
         total = total + loss * len(rows) / batch
     return total
 
@@ -167,6 +173,7 @@ def train_flow(
     *,
     batch: int = 32,
     context_dropout: float = 0.0,
+    time_mean: float | None = None,
     say: Callable[[str], None] = print,
     preview: Callable[[int], None] | None = None,
     preview_every: int = 0,
@@ -181,7 +188,8 @@ def train_flow(
 
     def loss_of(moment: Moment) -> Loss:
         figures: Mapping[str, float] = {}
-        return edit_loss(module, parts, moment, batch, context_dropout=context_dropout), figures
+        loss = edit_loss(module, parts, moment, batch, context_dropout=context_dropout, time_mean=time_mean)
+        return loss, figures
 
     def on_step(step: int) -> None:
         if preview is not None and preview_every and step % preview_every == 0:

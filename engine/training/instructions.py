@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -217,13 +217,24 @@ CHANGES: dict[str, Change] = {
 }
 COMBINED = ("colour", "background", "pattern", "badge")
 """What a compound instruction is made of."""
-KINDS = (*CHANGES, "compound", "same", "text-to-image")
-SHARES = (0.23, 0.2, 0.1, 0.15, 0.09, 0.13, 0.04, 0.06)
+SHARES = {
+    "colour": 0.23,
+    "background": 0.2,
+    "cut-out": 0.1,
+    "pattern": 0.15,
+    "badge": 0.09,
+    "compound": 0.13,
+    "same": 0.04,
+    "text-to-image": 0.06,
+}
+"""How often each kind of edit is drawn, where a training says nothing else."""
+KINDS = tuple(SHARES)
 
 
-def random_example(rng: np.random.Generator) -> Example:
-    """One pair of a random kind."""
-    kind = str(rng.choice(KINDS, p=SHARES))
+def random_example(rng: np.random.Generator, shares: Mapping[str, float] = SHARES) -> Example:
+    """One pair of a random kind; `shares` are weights by kind."""
+    weights = np.array([shares.get(kind, 0.0) for kind in KINDS])
+    kind = str(rng.choice(KINDS, p=weights / weights.sum()))
     scene = random_scene(rng)
     if kind == "text-to-image":
         scene = replace(scene, x=0.5, y=0.52, size=0.62, shadow=scene.background != "plain")

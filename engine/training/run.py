@@ -6,9 +6,10 @@ model), `finetune` (a finished model's transformer alone) or `lora` (an adapter 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from engine.training.adapter import TARGETS, LowRankAdapter
 from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_pairs, read_pairs
 from engine.training.flow import FlowWithText, freeze_unused_guidance, train_flow
+from engine.training.instructions import SHARES
 from engine.training.loop import LoopConfig
 from engine.training.report import plot, preview
 from engine.weights import TensorFiles, find_model, load_autoencoder, load_strictly, read_json, save_component
@@ -61,6 +63,11 @@ class TrainingConfig:
     """Train the autoencoder's decoder alone, so that a flow trained on its latents stays right."""
     context_dropout: float = 0.0
     """Share of edits that are trained without their context image."""
+    time_mean: float | None = None
+    """Mean of the logit-normal times; left out, the one that the sampler's shift has for the target's size. A higher
+    one gives more of the training to the first steps, which decide what is edited."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the kinds of drawn edits, `SHARES` for those left out."""
     rank: int = 8
     targets: tuple[str, ...] = TARGETS
     export: Path | None = None
@@ -119,8 +126,17 @@ class TrainingConfig:
         for name, value in (("batch", self.batch), ("loop: accumulate", self.loop.accumulate)):
             if value < 1:
                 raise ConfigError(f"{where}: {name} is {value}; at least 1 is needed")
+        if not isinstance(self.shares, Mapping) or not set(self.shares) <= set(SHARES):
+            raise ConfigError(f"{where}: shares {self.shares!r} are no weights of {', '.join(SHARES)}")
+        weights = self.all_shares().values()
+        if not all(isinstance(each, int | float) and 0 <= each < math.inf for each in weights) or not any(weights):
+            raise ConfigError(f"{where}: shares are numbers of at least 0, one of them more")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+
+    def all_shares(self) -> dict[str, float]:
+        """The weight of every kind of drawn edit."""
+        return {**SHARES, **self.shares}
 
 
 def _known(kind: type, values: Mapping[str, Any], where: str) -> None:
@@ -207,6 +223,7 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
         config.folder,
         batch=config.batch,
         context_dropout=config.context_dropout,
+        time_mean=config.time_mean,
         say=say,
         preview=show,
         preview_every=config.preview_every,
@@ -222,7 +239,7 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
 
 def _data(config: TrainingConfig, autoencoder: Autoencoder) -> list[EncodedPairs]:
     if config.pairs is None:
-        return drawn_latents(autoencoder, config.pool, config.loop.seed, config.folder / "pairs")
+        return drawn_latents(autoencoder, config.pool, config.loop.seed, config.folder / "pairs", config.all_shares())
     side = autoencoder.config.sample_size
     width, height = config.size or nearest_size(side, side, area=side**2)
     token_grid(width, height)

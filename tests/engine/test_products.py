@@ -127,6 +127,14 @@ def test_every_kind_comes_up_and_keeps_its_promise() -> None:
             assert not changed(example.before, example.after) & {"product", "x", "y", "size"}
 
 
+def test_kinds_come_as_often_as_their_shares_say() -> None:
+    rng = np.random.default_rng(0)
+    shares = {**dict.fromkeys(KINDS, 0.0), "badge": 3, "same": 1}  # weights, of whatever sum
+    kinds = [random_example(rng, shares).kind for _ in range(400)]
+    assert set(kinds) == {"badge", "same"}
+    assert 270 < kinds.count("badge") < 330
+
+
 def test_examples_of_one_seed_are_the_same() -> None:
     assert examples(20, seed=5) == examples(20, seed=5)
     assert examples(20, seed=5) != examples(20, seed=6)

@@ -27,6 +27,14 @@ def test_times_are_logit_normal_with_the_samplers_shift(tokens: int) -> None:
     assert ((times > 0) & (times < 1)).all()
 
 
+def test_a_training_may_ask_for_other_times() -> None:
+    times = draw_times(40_001, 64, generator(), mean=1.1)
+    assert times.median().item() == pytest.approx(1 / (1 + math.exp(-1.1)), abs=0.01)
+    nothing = torch.zeros(4000, 1, 1)
+    late, early = (flow_loss(lambda x, t: t[:, None, None] + 0 * x, nothing, generator(), mean) for mean in (0.0, 2.0))
+    assert late < early  # the mean of (t - eps)^2 grows with t
+
+
 def test_the_median_time_is_where_the_schedule_is_half_way() -> None:
     """The sampler maps t = 1/2 by the same shift that the training times have."""
     assert draw_times(40_001, 64, generator()).median().item() == pytest.approx(schedule(2, 64)[1], abs=0.01)

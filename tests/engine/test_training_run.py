@@ -26,6 +26,7 @@ from engine.training.autoencoder import normalised, picture_pool
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_all, read_pairs
 from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
 from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
+from engine.training.instructions import KINDS
 from engine.training.loop import LoopConfig, Moment
 from engine.training.run import TrainingConfig, read_autoencoder
 from engine.training.run import train as run
@@ -273,6 +274,10 @@ def test_latents_of_drawn_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     third = drawn_latents(autoencoder, 8, 0, tmp_path)  # another autoencoder
     assert not torch.equal(third[0].after, second[0].after)
     assert len(drawn_latents(autoencoder, 12, 0, tmp_path)[0].prompts) == 6
+    drawn_latents(autoencoder, 8, 0, tmp_path)
+    same = {**dict.fromkeys(KINDS, 0.0), "same": 1.0}
+    other = drawn_latents(autoencoder, 8, 0, tmp_path, same)  # other kinds of edits
+    assert all(torch.equal(part.before, part.after) for part in other)
 
 
 def test_pictures_are_encoded_where_the_autoencoder_is_and_kept_on_the_cpu() -> None:
@@ -323,6 +328,11 @@ def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Pa
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"loop": {"steps": 1, "accumulate": 0}}, "accumulate is 0"),
         ({"batch": 0}, "batch is 0"),
+        ({"shares": ["colour"]}, "no weights of colour"),
+        ({"shares": {"color": 1}}, "no weights of colour"),
+        ({"shares": {"colour": -1}}, "at least 0"),
+        ({"shares": {"colour": "1"}}, "are numbers"),
+        ({"shares": dict.fromkeys(KINDS, 0)}, "one of them more"),
     ],
 )
 def test_a_wrong_config_is_told_by_name(
