@@ -174,11 +174,7 @@ class EngineEditor:
         try:
             with closing(engine.stream(requests, on_step=on_step)) as stream:
                 for index, made in stream:
-                    job = jobs[numbers[index]]
-                    if isinstance(made, EngineError):
-                        results[numbers[index]] = StepError(str(made))
-                    else:
-                        results[numbers[index]] = _made(made, keep_latents=bool(job.params.get("keep_latents")))
+                    results[numbers[index]] = StepError(str(made)) if isinstance(made, EngineError) else _made(made)
         except torch.OutOfMemoryError as error:
             raise InfrastructureError(
                 f"the device ran out of memory with {len(requests)} images; lower batch_rows in the settings"
@@ -264,14 +260,14 @@ class EngineEditor:
         return ground
 
 
-def _made(result: EditResult, *, keep_latents: bool) -> MadePicture:
+def _made(result: EditResult) -> MadePicture:
     return MadePicture(
         data=encode_png(result.image),
         media_type="image/png",
         width=result.width,
         height=result.height,
         timings=result.timings,
-        latents=_write_latents(result) if keep_latents else None,
+        latents=_write_latents(result),
     )
 
 

@@ -163,7 +163,7 @@ class ParentOutput:
     key: str
     artifact: Artifact
     latents: Artifact | None = None
-    """The packed final latents of the parent, where it kept them for a hand-off."""
+    """The packed final latents of the parent, where a model sampled it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,6 +571,7 @@ class LoadedPicture:
     position: int
     data: bytes
     latents: bytes | None = None
+    """What to take instead of the picture, where latents are handed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -592,7 +593,7 @@ class MadePicture:
     height: int
     timings: Mapping[str, float] = field(default_factory=dict)
     latents: bytes | None = None
-    """Packed final latents as safetensors, when the step hands them on."""
+    """Packed final latents as safetensors, of what a model sampled."""
 
 
 OnStep = Callable[[int, int], None]

@@ -47,8 +47,8 @@ class Made:
     shape: Shape | None
     """None where the planner does not know the size (a contact sheet)."""
     format: str
-    sampled: bool
-    """Whether its latents can be handed on."""
+    weights: str | None
+    """Hash of the model that sampled it, whose latents can be handed on; None where no model did."""
     instance: Instance
 
 
@@ -216,7 +216,8 @@ class Making:
             lane = lane_of(operation, result.params)
             seconds = self._seconds(lane) if operation in SAMPLING else 0.0
             self.steps[key] = PlannedStep(key, operation, result.params, inputs, lane, node.origin, seconds)
-        return Made(key, result.shape, result.format, operation in SAMPLING, instance)
+        weights = result.params["model_sha256"] if operation in SAMPLING else None
+        return Made(key, result.shape, result.format, weights, instance)
 
     def _seconds(self, lane: str) -> float:
         seconds = self.world.lane_seconds.get(lane, self.world.default_seconds)

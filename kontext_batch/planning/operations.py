@@ -18,7 +18,7 @@ from kontext_batch.planning.frames import (
 from kontext_batch.planning.labels import as_ascii, can_be_drawn
 from kontext_batch.planning.listing import ModelInfo
 from kontext_batch.planning.making import Fault, Job, Making, Picture, Planner, Result
-from kontext_batch.planning.nodes import FromStep, Node
+from kontext_batch.planning.nodes import Node
 from kontext_batch.planning.params import (
     DEFAULT_BACKGROUND,
     DEFAULT_GUIDANCE,
@@ -75,7 +75,6 @@ class _Sampling:
         seed = step.seed if step.seed is not None else making.recipe.document.defaults.seed
         self.seed: str | int = seed if seed == "derive" else int(seed)
         self.fixed = self._fixed()
-        self.keep_latents = _latents_are_read(making, node.name)
         self.sizes: dict[tuple[Shape, Size | None, str, str], tuple[Mapping[str, Any], Mapping[str, Any], Shape]] = {}
         self.prompts: set[str] = set()
 
@@ -148,7 +147,6 @@ class _Sampling:
             "prompt": prompt,
             "negative_prompt": negative,
             "seed": seed_of(self.seed, job.axes, job.candidate, take),
-            "keep_latents": self.keep_latents,
             "candidate": job.candidate,
             "take": take,
         }
@@ -207,17 +205,24 @@ class _Sampling:
         return {**size_data(size), "box": box_data(box), "background": background}
 
     def handoff(self, image: Picture, canvas: Mapping[str, Any]) -> str:
-        """Latents can be handed on where a step made the picture at the very size of the canvas."""
-        if self.setting("handoff", "pixels") == "pixels":
+        """Latents, where the same model made the picture at the very size of the canvas and the recipe wants no pixels.
+
+        A chain loses less that way: `benchmarks/multi_turn.py`. A recipe that asks for them is told where it gets none.
+        """
+        wanted = self.setting("handoff", None)
+        if wanted == "pixels" or image.made is None or image.made.weights is None:
             return "pixels"
-        shape = image.shape
-        if image.made is None or not image.made.sampled:
-            return "pixels"
-        assert shape is not None
-        if shape.size != (canvas["width"], canvas["height"]):
-            self.making.tally(f"steps.{self.node.name}: another size than its parent's, so pixels are handed on")
-            return "pixels"
-        return "latents"
+        assert self.model is not None
+        assert image.shape is not None
+        if image.shape.size != (canvas["width"], canvas["height"]):
+            other = "size"
+        elif image.made.weights != self.model.sha256:  # another autoencoder, perhaps
+            other = "model"
+        else:
+            return "latents"
+        if wanted is not None:
+            self.making.tally(f"steps.{self.node.name}: another {other} than its parent's, so pixels are handed on")
+        return "pixels"
 
     def note_frame(self, frame: str, target: Size) -> None:
         if frame != "keep":
@@ -234,18 +239,6 @@ class _Sampling:
             shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
             limit = f"{self.model.name} reads {self.model.text_length}"
             self.making.tally(f"steps.{self.node.name}: a prompt of {tokens} tokens, {limit}: '{shown}'")
-
-
-def _latents_are_read(making: Making, name: str) -> bool:
-    """Whether some step of the recipe may take its canvas from this step as latents."""
-    defaults = making.recipe.document.defaults.edit
-    for reader in making.nodes.values():
-        step = reader.step
-        if isinstance(step, EditStep) and (step.handoff or defaults.handoff) == "latents":
-            image = next(use for use in reader.pictures if use.role == "image")
-            if FromStep(name) in image.alternatives:
-                return True
-    return False
 
 
 class _Finish:

@@ -21,7 +21,6 @@ edit
     text_length        tokens that the encoder reads
     numeric_mode       as the settings say
     handoff            how the canvas comes from its parent: `pixels` or `latents`
-    keep_latents       whether a child reads this step's latents
     candidate          1, 2, ...
     take               0; more for a deliberate new try
 generate

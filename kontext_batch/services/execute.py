@@ -103,7 +103,10 @@ class Executor:
         return self.repository.commit(self._record(steps), results)
 
     def _fetch(self, step: LeasedStep) -> list[LoadedPicture]:
-        return [self._source(source) for source in step.sources] + [self._parent(parent) for parent in step.parents]
+        by_latents = step.params.get("handoff") == "latents"
+        return [self._source(source) for source in step.sources] + [
+            self._parent(parent, by_latents=by_latents and parent.role == "image") for parent in step.parents
+        ]
 
     def _source(self, source: SourceInput) -> LoadedPicture:
         data = self.store.read(source.uri, max_bytes=self.max_input_bytes)
@@ -111,9 +114,12 @@ class Executor:
             raise StepError(f"{source.uri} has changed since the plan was made; run the recipe again")
         return LoadedPicture(role=source.role, position=source.position, data=data)
 
-    def _parent(self, parent: ParentOutput) -> LoadedPicture:
+    def _parent(self, parent: ParentOutput, *, by_latents: bool) -> LoadedPicture:
         data = self._artifact(parent.artifact)
-        latents = None if parent.latents is None else self._artifact(parent.latents)
+        latents = None
+        if by_latents:
+            assert parent.latents is not None, "what a model sampled is committed with its latents"
+            latents = self._artifact(parent.latents)
         return LoadedPicture(role=parent.role, position=parent.position, data=data, latents=latents)
 
     def _artifact(self, artifact: Artifact) -> bytes:

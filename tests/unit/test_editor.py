@@ -62,7 +62,6 @@ def job(**changes: Any) -> EditJob:
         },
         "references": [],
         "reference_layout": "offset",
-        "keep_latents": False,
     }
     pictures = changes.pop("pictures", (LoadedPicture("image", 0, png((100, 50), "blue")),))
     return EditJob(params={**params, **changes}, pictures=pictures)
@@ -143,7 +142,7 @@ def pixels(data: bytes) -> np.ndarray[Any, np.dtype[np.int16]]:
 
 
 def test_latents_are_handed_on_undecoded(editor: EngineEditor) -> None:
-    first = made(editor.edit([job(keep_latents=True)])[0])
+    first = made(editor.edit([job()])[0])
     assert first.latents is not None
     through = LoadedPicture("image", 0, first.data, first.latents)
     by_latents = made(editor.edit([job(seed=9, pictures=(through,))])[0])

@@ -21,12 +21,11 @@ from kontext_batch.bootstrap import open_application
 from kontext_batch.cli import main, models
 from kontext_batch.cli.progress import BarProgress, LineProgress
 from kontext_batch.errors import InfrastructureError
-from kontext_batch.operations.pictures import encode_png
 from kontext_batch.ports import EditJob, MadePicture, OnStep, RunSummary
 from kontext_batch.registry import ModelEntry, Registry
 from kontext_batch.settings import load_settings
 from tests.unit.cli.conftest import FINISH_ONLY
-from tests.unit.services.conftest import RECIPE, ToyEditor
+from tests.unit.services.conftest import RECIPE, ToyEditor, toy_picture
 
 TOO_LARGE = "99999999999999999999"
 
@@ -144,7 +143,7 @@ class SeededEditor(ToyEditor):
 
     def _make(self, job: EditJob) -> MadePicture:
         size = (job.params["target"]["width"], job.params["target"]["height"])
-        return MadePicture(encode_png(Image.new("RGB", size, job.params["seed"] % 2**24)), "image/png", *size)
+        return toy_picture(Image.new("RGB", size, job.params["seed"] % 2**24))
 
 
 def test_a_new_take_names_the_new_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kontext_batch.planning.frames import Origin, Shape, fit_canvas, fit_reference, source_shape, upscale
-from tests.unit.planning.world import image, params_of, plan, refused
+from kontext_batch.planning.plan import Plan
+from tests.unit.planning.world import MODELS, image, params_of, plan, refused, step_of
 
 MP = 1024 * 1024
 SIDES = st.integers(16, 6000)
@@ -195,7 +197,7 @@ def test_the_background_of_a_canvas_may_come_from_a_column() -> None:
 
 HANDED = """
 inputs: {{item: {{table: items.csv, key: sku, files: {{photo: "photos/${{item.sku}}.*"}}}}}}
-defaults: {{edit: {{model: kontext, handoff: latents}}}}
+defaults: {{edit: {{model: kontext{default}}}}}
 steps:
   one: {{op: edit, image: "${{item.photo}}", prompt: One.}}
   two: {{op: edit, image: "${{one}}", prompt: Two.{two}}}
@@ -203,14 +205,44 @@ outputs: [{{from: "${{two}}", to: "out/${{item}}.png"}}]
 """
 
 
-def test_latents_are_handed_on_between_steps_of_one_size() -> None:
-    made = plan(HANDED.format(two=""), table="sku\nA\n", files={"photos/A.jpg": (3000, 1800)})
-    one, two = params_of(made, "one A"), params_of(made, "two A")
-    assert (one["handoff"], one["keep_latents"]) == ("pixels", True)
-    assert (two["handoff"], two["keep_latents"]) == ("latents", False)
+def handed(*, default: str = "", two: str = "") -> Plan:
+    """A chain of two, with more keys in the defaults or in its second step."""
+    body = HANDED.format(default=default, two=two)
+    return plan(body, table="sku\nA\n", files={"photos/A.jpg": (3000, 1800)})
 
 
-def test_another_size_hands_on_pixels_and_says_so() -> None:
-    made = plan(HANDED.format(two=', frame: "1:1"'), table="sku\nA\n", files={"photos/A.jpg": (3000, 1800)})
-    assert params_of(made, "two A")["handoff"] == "pixels"
-    assert "steps.two: another size than its parent's, so pixels are handed on" in made.notes
+@pytest.mark.parametrize(
+    ("default", "two", "expected"),
+    [
+        ("", "", "latents"),
+        (", handoff: pixels", "", "pixels"),
+        (", handoff: pixels", ", handoff: latents", "latents"),
+        ("", ", handoff: pixels", "pixels"),
+    ],
+)
+def test_latents_are_handed_on_between_steps_of_one_canvas_unless_pixels_are_asked_for(
+    default: str, two: str, expected: str
+) -> None:
+    made = handed(default=default, two=two)
+    assert params_of(made, "one A")["handoff"] == "pixels"  # from a photo
+    assert params_of(made, "two A")["handoff"] == expected
+
+
+@pytest.mark.parametrize(
+    ("two", "other"), [(', frame: "1:1"', "size"), (", model: other", "model")], ids=["size", "model"]
+)
+def test_what_does_not_fit_hands_on_pixels_and_says_so_where_latents_were_asked_for(
+    two: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "other", replace(MODELS["kontext"], name="other", sha256="e" * 64))
+    note = f"steps.two: another {other} than its parent's, so pixels are handed on"
+    asked, silent = handed(default=", handoff: latents", two=two), handed(two=two)
+    assert [params_of(made, "two A")["handoff"] for made in (asked, silent)] == ["pixels", "pixels"]
+    assert note in asked.notes
+    assert note not in silent.notes
+
+
+def test_a_step_keeps_its_key_when_another_reads_its_latents() -> None:
+    alone = HANDED.replace('"${{two}}"', '"${{one}}"').format(default="", two="")
+    first = plan(alone, table="sku\nA\n", files={"photos/A.jpg": (3000, 1800)})
+    assert [step.key for step in first.steps] == [step_of(handed(), "one A").key]

@@ -49,6 +49,11 @@ outputs:
 """
 
 
+def toy_picture(image: Image.Image) -> MadePicture:
+    """As an editor returns it; its latents can be told from those of another picture."""
+    return MadePicture(encode_png(image), "image/png", *image.size, latents=image.tobytes())
+
+
 @dataclass
 class ToyEditor:
     """Inverts the canvas; counts what it is asked for and fails as told."""
@@ -76,7 +81,7 @@ class ToyEditor:
         canvas = next(picture for picture in job.pictures if picture.role == "image")
         image = ImageOps.invert(Image.open(io.BytesIO(canvas.data)).convert("RGB")).resize(size)
         image.putpixel((0, 0), (len(job.params["prompt"]) % 256, 0, 0))
-        return MadePicture(encode_png(image), "image/png", *size)
+        return toy_picture(image)
 
     def describe(self) -> Mapping[str, Any]:
         return {"device": "cpu", "libraries": {"toy": "1"}}

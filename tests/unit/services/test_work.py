@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -59,6 +60,29 @@ def test_a_changed_prompt_runs_only_what_depends_on_it(studio: Studio) -> None:
     assert len(studio.editor.jobs) == 2
     assert "mug_snow.v2.png" in studio.outputs()
     assert "mug_beach.v2.png" not in studio.outputs()
+
+
+def test_each_step_reads_its_canvas_as_its_own_recipe_line_says(studio: Studio) -> None:
+    """Two readers of one step, by latents and by pixels; the lineage tells which."""
+    pixels = "  framed: {op: edit, model: toy, image: '${clean}', handoff: pixels, prompt: Frame it.}\n"
+    body = studio.recipe.read_text().replace("  finish:\n", pixels + "  finish:\n")
+    studio.recipe.write_text(body + '  - {from: "${framed}", to: "framed/${item}.${ext}"}\n')
+    read: dict[str, set[str]] = {"latents": set(), "pixels": set()}
+
+    def note(job: EditJob) -> None:
+        (canvas,) = job.pictures
+        read["pixels" if canvas.latents is None else "latents"].add(job.params["prompt"].split()[0])
+        if canvas.latents is not None:
+            with Image.open(io.BytesIO(canvas.data)) as picture:
+                assert canvas.latents == picture.tobytes()  # of the very picture
+
+    studio.editor.fault = note
+    run_id = studio.submit()
+    assert studio.worker().run_until_done(run_id).state is RunState.DONE
+    assert read == {"latents": {"Change"}, "pixels": {"Remove", "Frame"}}
+    rows = studio.app.repository.run_steps(run_id)
+    told = {(row.node, row.params["handoff"]) for row in rows if row.operation == "edit"}
+    assert told == {("clean", "pixels"), ("staged", "latents"), ("framed", "pixels")}
 
 
 def test_changed_bytes_under_a_plan_fail_the_step_with_advice(studio: Studio) -> None:
