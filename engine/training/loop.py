@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import ConfigError
+from engine.training.muon import Muon
 
 Loss = tuple[Tensor, Mapping[str, float]]
 
@@ -31,7 +32,7 @@ CPU_ATTENTION = SDPBackend.MATH
 """Its backward pass takes a third of the fused kernel's time at a few hundred tokens."""
 
 MUON_STATE = "momentum_buffer"
-"""What Muon keeps of each matrix, by torch's name."""
+"""What Muon keeps of each matrix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +53,11 @@ class LoopConfig:
     """Steps between checkpoints."""
     log_every: int = 25
     bf16: bool = False
-    """Compute in bfloat16 where it is safe (autocast); parameters stay fp32."""
+    """Compute in bfloat16 where it is safe (autocast, and Muon); parameters stay fp32."""
     accumulate: int = 1
     """Batches of a step: their gradients are averaged, at the memory of one."""
     muon: bool = False
-    """Muon instead of AdamW for the weights of hidden layers (Jordan et al. 2024, scaled as in arXiv 2502.16982, so
-    that both take the same learning rates)."""
+    """Muon instead of AdamW for the weights of hidden layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,8 @@ class Loop:
             )
         ]
         if self.matrices:
-            matrices = list(self.matrices.values())
-            self.optimisers.append(
-                torch.optim.Muon(matrices, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            dtype = torch.bfloat16 if config.bf16 else torch.float32
+            self.optimisers.append(Muon(self.matrices.values(), config.lr, config.weight_decay, dtype))
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
 
