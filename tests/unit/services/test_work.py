@@ -277,12 +277,12 @@ def test_a_budget_refuses_before_anything_is_stored(studio: Studio) -> None:
 def test_garbage_goes_oldest_first_and_comes_back_when_asked_for(studio: Studio) -> None:
     studio.worker().run_until_done(studio.submit())
     told = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0, dry_run=True)
-    objects = list(Path(studio.app.workspace, "objects").rglob("*.png"))
+    objects = list(Path(studio.app.workspace, "objects").rglob("*.*"))
     assert told.artifacts == len(objects) > 0
     assert told.bytes == sum(each.stat().st_size for each in objects)
     done = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0)
     assert done == told
-    assert list(Path(studio.app.workspace, "objects").rglob("*.png")) == []
+    assert list(Path(studio.app.workspace, "objects").rglob("*.*")) == []
     studio.editor.jobs.clear()
     summary = studio.worker().run_until_done(studio.submit())
     assert summary.state is RunState.DONE
@@ -312,6 +312,6 @@ def test_a_finished_run_leaves_no_more_than_the_size_limit(studio: Studio) -> No
     worker = studio.worker()
     worker.keep_bytes = 3000
     assert worker.run_until_done(studio.submit()).state is RunState.DONE
-    left = [each.stat().st_size for each in Path(studio.app.workspace, "objects").rglob("*.png")]
+    left = [each.stat().st_size for each in Path(studio.app.workspace, "objects").rglob("*.*")]
     assert 0 < sum(left) <= 3000
     assert len(studio.outputs()) == 4
