@@ -177,10 +177,41 @@ class SourceInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """That a running run has steps of a lane to be claimed, and how much of it and of its owner is leased by now."""
+
+    run_id: int
+    owner: str
+    priority: int
+    lane: str
+    leased: int
+    owner_leased: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What may be claimed: steps of this lane for this run."""
+
+    run_id: int
+    lane: str
+    owner: str = ""
+    limit: int | None = None
+    """Most steps; None: as many as a batch holds."""
+    owner_limit: int | None = None
+    """Most steps of all shares of this owner together."""
+
+
+Ranking = Callable[[Sequence[Ready]], Sequence[Share]]
+"""Chooses among what is ready, best first; what it leaves out is not claimed."""
+
+
+@dataclass(frozen=True, slots=True)
 class LeasedStep:
     """A step that this worker holds; all it writes is fenced by `token`."""
 
     id: int
+    run_id: int
+    """The run on whose account it is computed; others may want it too."""
     key: str
     operation: str
     params: Mapping[str, Any]
@@ -399,7 +430,7 @@ class Repository(Protocol):
     def create_run(self, run: NewRun, plan: Plan) -> int:
         """Store run, steps, edges, run_steps and deliveries in one transaction; returns the run's id.
 
-        A key that is known and live or done makes no new row (its priority rises to this run's); one that is failed,
+        A key that is known and live or done makes no new row (this run may become its account); one that is failed,
         skipped, cancelled, quarantined, or done without its artifact goes back to blocked or ready, with attempts and
         losses at 0.
         """
@@ -413,8 +444,20 @@ class Repository(Protocol):
         """Cancel the run; blocked and ready steps that no other live run wants are cancelled; returns how many."""
         ...
 
+    def pause_run(self, run_id: int) -> bool:
+        """Let nothing more be claimed for a running run; says whether it was running."""
+        ...
+
+    def resume_run(self, run_id: int) -> bool:
+        """Let a paused run go on; says whether it was paused."""
+        ...
+
+    def prioritize_run(self, run_id: int, priority: int) -> None:
+        """Give the run another priority."""
+        ...
+
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:
-        """Give a final state to each running run with no live step and no pending delivery; returns those."""
+        """Give a final state to each open run with no live step and no pending delivery; returns those."""
         ...
 
     def run(self, run_id: int) -> RunSummary:
@@ -449,15 +492,16 @@ class Repository(Protocol):
         *,
         limit: int,
         lease_seconds: float,
+        ranking: Ranking | None = None,
         run_id: int | None = None,
-        lanes: Callable[[str], bool] | None = None,
-        prefer: str | None = None,
+        capped: bool = False,
     ) -> Sequence[LeasedStep]:
-        """Lease up to `limit` ready steps of one lane, highest priority first, and open an attempt for each.
+        """Lease up to `limit` ready steps of one lane, and open an attempt for each.
 
-        `run_id`: only steps that this run wants. `lanes`: which lanes this worker can serve. `prefer`: the lane whose
-        model is loaded; taken first among lanes of equal priority. A step with `batch_limit = 1` is claimed alone.
-        Returns nothing when nothing is ready.
+        The batch is filled from the first share of `ranking` that has something, then from the later ones of its lane;
+        without a ranking the highest priority, then the oldest run comes first.
+        `run_id`: only steps that this run wants. `capped`: the ranking keeps to caps, so no two claims may rank at
+        once. A step with `batch_limit = 1` is claimed alone. Returns nothing when nothing is ready.
         """
         ...
 

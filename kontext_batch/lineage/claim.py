@@ -5,7 +5,8 @@ A token is the fence: it grows with each claim, and whoever writes a result must
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,10 +16,22 @@ from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
 from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus, pair_in
 from kontext_batch.planning.states import StepState
-from kontext_batch.ports import Artifact, LeasedStep, ParentOutput, ReconcileReport, SourceInput, WorkerInfo
+from kontext_batch.ports import (
+    Artifact,
+    LeasedStep,
+    ParentOutput,
+    Ranking,
+    Ready,
+    ReconcileReport,
+    Share,
+    SourceInput,
+    WorkerInfo,
+)
 
 STEPS = t.steps.c
 IMAGE, LATENTS = "image", "latents"
+_CAP_LOCK = 0x6B6F6E76
+"""Of claims that keep to caps: what one of them counts, no other may change meanwhile."""
 
 
 # -------------------------------------------------------------------------------------------------------- workers
@@ -65,68 +78,107 @@ def claim(
     *,
     limit: int,
     lease_seconds: float,
+    ranking: Ranking | None = None,
     run_id: int | None = None,
-    lanes: Callable[[str], bool] | None = None,
-    prefer: str | None = None,
+    capped: bool = False,
 ) -> list[LeasedStep]:
-    wanted = _claimable(run_id)
-    for lane in _ranked_lanes(conn, wanted, lanes, prefer):
-        chosen = _choose(conn, lane, wanted, limit)
-        if chosen:  # else other workers hold all of that lane at this moment
-            return _lease(conn, worker_id, lane, chosen, lease_seconds)
-    return []
+    if capped and conn.dialect.name == "postgresql":
+        conn.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_CAP_LOCK})")
+    shares = (ranking or by_priority)(_ready(conn))
+    if run_id is not None:  # its own account first; of the others, the steps that it wants as well
+        shares = sorted(shares, key=lambda share: share.run_id != run_id)
+    chosen: dict[int, Any] = {}
+    of_owner: Counter[str] = Counter()
+    lane = ""
+    for share in shares:
+        if not chosen:
+            lane = share.lane
+        elif share.lane != lane:
+            continue
+        room = limit - len(chosen)
+        if share.limit is not None:
+            room = min(room, share.limit)
+        if share.owner_limit is not None:
+            room = min(room, share.owner_limit - of_owner[share.owner])
+        if room <= 0:
+            continue
+        found = _choose(conn, share, room, run_id, begun=len(chosen))
+        of_owner[share.owner] += len(found)
+        chosen |= found
+        if len(chosen) >= limit or any(step.batch_limit is not None for step in found.values()):
+            break
+    # None at all: nothing is ready, or other workers hold it at this moment.
+    return _lease(conn, worker_id, lane, chosen, lease_seconds) if chosen else []
 
 
-def _claimable(run_id: int | None) -> list[sa.ColumnElement[bool]]:
-    """What makes a step claimable now."""
-    conditions = [
-        in_state(STEPS.state, StepState.READY),
-        sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
-    ]
-    if run_id is not None:
-        conditions.append(exists(t.run_steps.c.step_id == STEPS.id, t.run_steps.c.run_id == run_id, outer=t.steps))
-    return conditions
+def by_priority(ready: Sequence[Ready]) -> list[Share]:
+    """The highest priority first, then the oldest run."""
+    ranked = sorted(ready, key=lambda each: (-each.priority, each.run_id, each.lane))
+    return [Share(each.run_id, each.lane) for each in ranked]
 
 
-def _ranked_lanes(
-    conn: sa.Connection,
-    wanted: Sequence[sa.ColumnElement[bool]],
-    lanes: Callable[[str], bool] | None,
-    prefer: str | None,
-) -> list[str]:
-    """Lanes with something to claim: by the priority of their best step, the preferred lane first among equals."""
-    ready = in_state(STEPS.state, StepState.READY)
-    # A walk over the first entry of each lane in the index, instead of over every ready step.
-    first = sa.select(sa.func.min(STEPS.lane).label("lane")).where(ready).cte("lanes", recursive=True)
-    following = sa.select(sa.func.min(STEPS.lane)).where(ready, STEPS.lane > first.c.lane).scalar_subquery()
-    walk = first.union_all(sa.select(following).where(first.c.lane.is_not(None)))
-    best = (
-        sa.select(STEPS.id)
-        .where(STEPS.lane == walk.c.lane, *wanted)
-        .order_by(STEPS.priority.desc(), STEPS.id)
-        .limit(1)
-        .correlate(walk)
-        .scalar_subquery()
+def _ready(conn: sa.Connection) -> list[Ready]:
+    """What may be claimed, by run and lane; and what is leased."""
+    runs, ready = t.runs.c, in_state(STEPS.state, StepState.READY)
+    # A walk over the first entry of each run and lane in the index, instead of over every ready step.
+    lane = sa.select(sa.func.min(STEPS.lane)).where(ready)
+    first = sa.select(runs.id, lane.where(STEPS.run_id == runs.id).scalar_subquery().label("lane"))
+    walk = first.where(runs.state == sa.literal_column("'running'")).cte("walk", recursive=True)
+    following = lane.where(STEPS.run_id == walk.c.id, STEPS.lane > walk.c.lane).scalar_subquery()
+    walk = walk.union_all(sa.select(walk.c.id, following).where(walk.c.lane.is_not(None)))
+    leased = (
+        sa.select(STEPS.run_id.label("id"), sa.func.count().label("number"))
+        .where(in_state(STEPS.state, StepState.LEASED))
+        .group_by(STEPS.run_id)
+        .subquery("leased")
     )
-    top = t.steps.alias("top")
-    rows = conn.execute(sa.select(top.c.lane, top.c.priority, top.c.id).select_from(walk).join(top, top.c.id == best))
-    served = [row for row in rows if lanes is None or lanes(row.lane)]
-    return [row.lane for row in sorted(served, key=lambda row: (-row.priority, row.lane != prefer, row.id))]
-
-
-def _choose(conn: sa.Connection, lane: str, wanted: Sequence[sa.ColumnElement[bool]], limit: int) -> dict[int, Any]:
-    """The first steps of the lane that may be claimed together, in order."""
     rows = conn.execute(
-        sa.select(STEPS.id, STEPS.key, STEPS.operation, STEPS.batch_limit, STEPS.losses, t.step_params.c.params)
+        sa.select(runs.id, runs.owner, runs.priority, walk.c.lane, sa.func.coalesce(leased.c.number, 0).label("leased"))
+        .select_from(t.runs)
+        .outerjoin(walk, (walk.c.id == runs.id) & walk.c.lane.is_not(None))
+        .outerjoin(leased, leased.c.id == runs.id)
+        .where(sa.or_(walk.c.id.is_not(None), leased.c.id.is_not(None)))
+        .order_by(runs.id, walk.c.lane)
+    ).all()
+    of_run = {row.id: (row.owner, row.leased) for row in rows}
+    of_owner: Counter[str] = Counter()
+    for owner, number in of_run.values():
+        of_owner[owner] += number
+    return [
+        Ready(row.id, row.owner, row.priority, row.lane, row.leased, of_owner[row.owner])
+        for row in rows
+        if row.lane is not None
+    ]
+
+
+def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *, begun: int) -> dict[int, Any]:
+    """The first steps of a share that may join a batch of `begun` steps, in order."""
+    query = (
+        sa.select(
+            STEPS.id,
+            STEPS.run_id,
+            STEPS.key,
+            STEPS.operation,
+            STEPS.batch_limit,
+            STEPS.losses,
+            t.step_params.c.params,
+        )
         .join(t.step_params, t.step_params.c.step_id == STEPS.id)
-        .where(STEPS.lane == lane, *wanted)
-        .order_by(STEPS.priority.desc(), STEPS.id)
+        .where(
+            in_state(STEPS.state, StepState.READY),
+            STEPS.run_id == share.run_id,
+            STEPS.lane == share.lane,
+            sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
+        )
+        .order_by(STEPS.id)
         .limit(limit)
         .with_for_update(skip_locked=True, key_share=True, of=t.steps)
     )
+    if run_id is not None and run_id != share.run_id:
+        query = query.where(exists(t.run_steps.c.step_id == STEPS.id, t.run_steps.c.run_id == run_id, outer=t.steps))
     chosen: dict[int, Any] = {}
-    for row in rows:
-        if row.batch_limit is not None and row.batch_limit <= len(chosen):
+    for row in conn.execute(query):
+        if row.batch_limit is not None and row.batch_limit <= begun + len(chosen):
             continue
         chosen[row.id] = row
         limit = min(limit, row.batch_limit or limit)
@@ -169,6 +221,7 @@ def _lease(
     return [
         LeasedStep(
             id=step_id,
+            run_id=step.run_id,
             key=step.key,
             operation=step.operation,
             params=step.params,

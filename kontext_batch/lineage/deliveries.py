@@ -7,22 +7,22 @@ from typing import Any
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.sql import now, stored_text
-from kontext_batch.planning.states import RunState
 from kontext_batch.ports import Artifact, PendingDelivery
 
 DELIVERIES = t.deliveries.c
 
 
 def pending_deliveries(conn: sa.Connection, run_id: int | None = None, *, limit: int) -> list[PendingDelivery]:
-    """Of running runs: what a cancelled or finished run left behind is delivered when that run is retried."""
+    """Of open runs: what a cancelled or finished run left behind is delivered when that run is retried."""
     artifacts = t.artifacts.c
     query = (
         sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, *_columns())
         .join(t.runs, t.runs.c.id == DELIVERIES.run_id)
         .join(t.step_outputs, t.step_outputs.c.step_id == DELIVERIES.step_id)
         .join(t.artifacts, artifacts.sha256 == t.step_outputs.c.sha256)
-        .where(t.runs.c.state == RunState.RUNNING, DELIVERIES.state == "pending", t.step_outputs.c.slot == "image")
+        .where(open_run(), DELIVERIES.state == "pending", t.step_outputs.c.slot == "image")
         .order_by(DELIVERIES.id)
         .limit(limit)
     )

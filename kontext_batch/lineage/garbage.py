@@ -14,8 +14,9 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.sql import exists, in_state, now
-from kontext_batch.planning.states import LIVE, RunState
+from kontext_batch.planning.states import LIVE
 from kontext_batch.ports import Artifact
 
 ARTIFACTS, OUTPUTS, UPLOADS = t.artifacts.c, t.step_outputs.c, t.uploads.c
@@ -124,14 +125,14 @@ def _read_later() -> sa.ColumnElement[bool]:
 
 
 def _delivered_later() -> sa.ColumnElement[bool]:
-    """A delivery of a running run needs the artifact."""
+    """A delivery of an open run needs the artifact."""
     deliveries = t.deliveries.c
     return exists(
         OUTPUTS.sha256 == ARTIFACTS.sha256,
         deliveries.step_id == OUTPUTS.step_id,
         deliveries.state == "pending",
         t.runs.c.id == deliveries.run_id,
-        t.runs.c.state == RunState.RUNNING,
+        open_run(),
         outer=t.artifacts,
     )
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.sql import among, exists, in_state, now, pair_in
-from kontext_batch.planning.states import LIVE, RunState, StepState
+from kontext_batch.planning.states import LIVE, OPEN_RUNS, RunState, StepState
 
 STEPS = t.steps.c
 
@@ -144,31 +144,42 @@ def _undone_parents() -> sa.ScalarSelect[int]:
     )
 
 
-def raise_priorities(conn: sa.Connection, step_ids: Sequence[int]) -> None:
-    """Give live steps the highest priority of the running runs that want them."""
+def open_run() -> sa.ColumnElement[bool]:
+    """A run that still wants its steps."""
+    return t.runs.c.state.in_([sa.literal_column(f"'{state.value}'") for state in sorted(OPEN_RUNS)])
+
+
+def charge(conn: sa.Connection, step_ids: Sequence[int]) -> None:
+    """Put live steps on the account of the right one of the open runs that want them.
+
+    A running one before a paused one, then the highest priority, then the oldest. Claims are made run by run, so this
+    is what makes priorities, pauses, caps and turns hold for shared steps too.
+    """
     if not step_ids:
         return
-    wanted = (
-        sa.select(sa.func.max(t.runs.c.priority))
+    right = (
+        sa.select(t.runs.c.id)
         .join(t.run_steps, t.run_steps.c.run_id == t.runs.c.id)
-        .where(t.run_steps.c.step_id == STEPS.id, t.runs.c.state == RunState.RUNNING)
+        .where(t.run_steps.c.step_id == STEPS.id, open_run())
+        .order_by(t.runs.c.state == RunState.PAUSED, t.runs.c.priority.desc(), t.runs.c.id)
+        .limit(1)
         .scalar_subquery()
     )
     conn.execute(
         sa.update(t.steps)
-        .where(among(STEPS.id, step_ids), in_state(STEPS.state, *LIVE), STEPS.priority != wanted)
-        .values(priority=wanted)
+        .where(among(STEPS.id, step_ids), in_state(STEPS.state, *LIVE), STEPS.run_id.is_distinct_from(right))
+        .values(run_id=sa.func.coalesce(right, STEPS.run_id))
     )
 
 
 def cancel_unwanted(conn: sa.Connection, step_ids: Sequence[int]) -> int:
-    """Cancel those of `step_ids` that are blocked or ready while no running run wants them; returns how many."""
+    """Cancel those of `step_ids` that are blocked or ready while no open run wants them; returns how many."""
     if not step_ids:
         return 0
     wanted = exists(
         t.run_steps.c.step_id == STEPS.id,
         t.runs.c.id == t.run_steps.c.run_id,
-        t.runs.c.state == RunState.RUNNING,
+        open_run(),
         outer=t.steps,
     )
     return conn.execute(

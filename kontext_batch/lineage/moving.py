@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.runs import cancel_run
 from kontext_batch.lineage.sql import exists, in_state, now
-from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.planning.states import StepState
 
 ARTIFACTS = t.artifacts.c
 UPLOADS = t.uploads.c
@@ -28,7 +29,7 @@ def follow_artifacts(conn: sa.Connection, old: str, new: str) -> None:
     Runs that were not finished end as cancelled: their recipes and outputs lie where they lay before. Run again, the
     recipe goes on, since it shares their steps.
     """
-    for run_id in conn.scalars(sa.select(t.runs.c.id).where(t.runs.c.state == RunState.RUNNING)).all():
+    for run_id in conn.scalars(sa.select(t.runs.c.id).where(open_run())).all():
         cancel_run(conn, run_id)
     for column in (ARTIFACTS.uri, UPLOADS.uri):
         rest = sa.func.substr(column, len(old) + 1)

@@ -19,6 +19,7 @@ from kontext_batch.ports import (
     ModelRow,
     NewRun,
     PendingDelivery,
+    Ranking,
     ReconcileReport,
     RunSummary,
     SourceInput,
@@ -76,6 +77,15 @@ class SqlRepository:
     def cancel_run(self, run_id: int) -> int:
         return self._db.write(runs.cancel_run, run_id)
 
+    def pause_run(self, run_id: int) -> bool:
+        return self._db.write(runs.pause_run, run_id)
+
+    def resume_run(self, run_id: int) -> bool:
+        return self._db.write(runs.resume_run, run_id)
+
+    def prioritize_run(self, run_id: int, priority: int) -> None:
+        self._db.write(runs.prioritize_run, run_id, priority)
+
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:
         return self._db.write(runs.finish_runs) if self._db.read(runs.finishable) else []
 
@@ -108,18 +118,18 @@ class SqlRepository:
         *,
         limit: int,
         lease_seconds: float,
+        ranking: Ranking | None = None,
         run_id: int | None = None,
-        lanes: Callable[[str], bool] | None = None,
-        prefer: str | None = None,
+        capped: bool = False,
     ) -> Sequence[LeasedStep]:
         return self._db.write(
             claim.claim,
             worker_id,
             limit=limit,
             lease_seconds=lease_seconds,
+            ranking=ranking,
             run_id=run_id,
-            lanes=lanes,
-            prefer=prefer,
+            capped=capped,
         )
 
     def extend_leases(self, worker_id: str, lease_seconds: float) -> int:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
-from kontext_batch.lineage.graph import cancel_unwanted, collected, put_back, raise_priorities
+from kontext_batch.lineage.graph import cancel_unwanted, charge, collected, open_run, put_back
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.sql import among, exists, in_state, now
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
@@ -50,8 +50,12 @@ def retry_run(conn: sa.Connection, run_id: int, *, keys: Iterable[str] | None = 
             .values(state=state, error=None)
         )
     if again or pictures:
-        conn.execute(sa.update(t.runs).where(RUNS.id == run_id).values(state=RunState.RUNNING, finished=None))
-        raise_priorities(conn, [step.id for index, step in enumerate(known) if runs[index]])
+        conn.execute(
+            sa.update(t.runs)
+            .where(RUNS.id == run_id, RUNS.state != RunState.PAUSED)
+            .values(state=RunState.RUNNING, finished=None)
+        )
+        charge(conn, [step.id for index, step in enumerate(known) if runs[index]])
     return len(again)
 
 
@@ -85,21 +89,48 @@ def cancel_run(conn: sa.Connection, run_id: int) -> int:
     lock_graph(conn, alone=True)
     _require(conn, run_id)
     cancelled = conn.execute(
-        sa.update(t.runs)
-        .where(RUNS.id == run_id, RUNS.state == RunState.RUNNING)
-        .values(state=RunState.CANCELLED, finished=now())
+        sa.update(t.runs).where(RUNS.id == run_id, open_run()).values(state=RunState.CANCELLED, finished=now())
     )
     if not cancelled.rowcount:
         return 0
-    query = sa.select(STEPS.id).join(t.run_steps, RUN_STEPS.step_id == STEPS.id)
-    live = conn.scalars(query.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first, in_state(STEPS.state, *LIVE))).all()
+    live = _live(conn, run_id)
     count = cancel_unwanted(conn, live)
-    raise_priorities(conn, live)  # of those that other runs want: this run's priority counts no more
+    charge(conn, live)  # what other runs want goes on on their account
     return count
 
 
+def pause_run(conn: sa.Connection, run_id: int) -> bool:
+    return _move(conn, run_id, RunState.RUNNING, RunState.PAUSED)
+
+
+def resume_run(conn: sa.Connection, run_id: int) -> bool:
+    return _move(conn, run_id, RunState.PAUSED, RunState.RUNNING)
+
+
+def prioritize_run(conn: sa.Connection, run_id: int, priority: int) -> None:
+    lock_graph(conn, alone=True)
+    _require(conn, run_id)
+    conn.execute(sa.update(t.runs).where(RUNS.id == run_id).values(priority=priority))
+    charge(conn, _live(conn, run_id))
+
+
+def _move(conn: sa.Connection, run_id: int, old: RunState, new: RunState) -> bool:
+    lock_graph(conn, alone=True)
+    _require(conn, run_id)
+    moved = conn.execute(sa.update(t.runs).where(RUNS.id == run_id, RUNS.state == old).values(state=new)).rowcount
+    if moved:
+        charge(conn, _live(conn, run_id))
+    return bool(moved)
+
+
+def _live(conn: sa.Connection, run_id: int) -> Sequence[int]:
+    """The run's steps that are live."""
+    query = sa.select(STEPS.id).join(t.run_steps, RUN_STEPS.step_id == STEPS.id)
+    return conn.scalars(query.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first, in_state(STEPS.state, *LIVE))).all()
+
+
 def finishable(conn: sa.Connection) -> list[int]:
-    """Running runs with no live step and nothing left to deliver."""
+    """Open runs with no live step and nothing left to deliver."""
     wanted = exists(RUN_STEPS.run_id == RUNS.id, RUN_STEPS.step_id == STEPS.id, outer=(t.runs, t.steps))
     # From the newest live step downwards: while the run goes on, the first one looked at mostly is one of its own.
     live = (
@@ -111,7 +142,7 @@ def finishable(conn: sa.Connection) -> list[int]:
         .scalar_subquery()
     )
     pending = exists(DELIVERIES.run_id == RUNS.id, DELIVERIES.state == "pending", outer=t.runs)
-    query = sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, live.is_(None), sa.not_(pending))
+    query = sa.select(RUNS.id).where(open_run(), live.is_(None), sa.not_(pending))
     return list(conn.scalars(query.order_by(RUNS.id)))
 
 

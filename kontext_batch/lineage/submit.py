@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from kontext_batch.hashing import canonical_json
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
-from kontext_batch.lineage.graph import collected, put_back, raise_priorities
+from kontext_batch.lineage.graph import charge, collected, put_back
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.sql import among, axes_text, bulk_insert, now
 from kontext_batch.planning.plan import Plan, PlannedStep
@@ -35,7 +35,7 @@ def create_run(conn: sa.Connection, run: NewRun, plan: Plan) -> int:
     for index, number in zip(new, _new_ids(conn, len(new)), strict=True):
         ids[index] = number
     waits = {index: deps_left(parents[index], runs) for index in range(len(runs)) if runs[index]}
-    _insert_steps(conn, run, [(ids[index], plan.steps[index], waits[index]) for index in new])
+    _insert_steps(conn, run_id, [(ids[index], plan.steps[index], waits[index]) for index in new])
     bulk_insert(
         conn,
         t.edges,
@@ -58,7 +58,7 @@ def create_run(conn: sa.Connection, run: NewRun, plan: Plan) -> int:
     stored = {key: (ids[index], not runs[index]) for key, index in place.items()}
     _insert_instances(conn, run_id, plan, stored)
     _insert_deliveries(conn, run_id, plan, stored)
-    raise_priorities(conn, [ids[index] for index in running])
+    charge(conn, [ids[index] for index in running])
     if len(new) >= ANALYZE_FROM and conn.dialect.name == "postgresql":
         conn.exec_driver_sql("ANALYZE steps, edges, run_steps, step_sources, deliveries")
     return run_id
@@ -103,8 +103,8 @@ def _new_ids(conn: sa.Connection, count: int) -> list[int]:
     return list(range(last + 1, last + 1 + count))
 
 
-def _insert_steps(conn: sa.Connection, run: NewRun, new: Sequence[tuple[int, PlannedStep, int]]) -> None:
-    columns = ("id", "key", "operation", "lane", "state", "deps_left", "priority")
+def _insert_steps(conn: sa.Connection, run_id: int, new: Sequence[tuple[int, PlannedStep, int]]) -> None:
+    columns = ("id", "key", "operation", "lane", "state", "deps_left", "run_id")
     bulk_insert(
         conn,
         t.steps,
@@ -117,7 +117,7 @@ def _insert_steps(conn: sa.Connection, run: NewRun, new: Sequence[tuple[int, Pla
                 step.lane,
                 (StepState.BLOCKED if count else StepState.READY).value,
                 count,
-                run.priority,
+                run_id,
                 1,
                 0,
                 0,

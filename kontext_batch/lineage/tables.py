@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage.sql import AxesText, UtcTime, in_state
 from kontext_batch.planning.states import LIVE, StepState
 
-REVISION = "0001"
+REVISION = "0002"
 """The migration that makes these tables."""
 
 metadata = sa.MetaData(
@@ -67,7 +67,6 @@ steps = sa.Table(
     sa.Column("state", sa.Text, nullable=False),  # planning.states.StepState
     # How many distinct parents are not done; kept while blocked, 0 while ready or leased, without meaning otherwise.
     sa.Column("deps_left", sa.Integer, nullable=False),
-    sa.Column("priority", sa.Integer, nullable=False),  # the highest of the live runs that want it
     sa.Column("asked", sa.Integer, nullable=False),  # 1 at first; one more each time a final step is asked for anew
     sa.Column("attempts", sa.Integer, nullable=False),  # tries begun since it was asked for; a release takes one back
     sa.Column("losses", sa.Integer, nullable=False),  # workers lost with it since it was asked for
@@ -77,14 +76,17 @@ steps = sa.Table(
     sa.Column("lease_token", sa.Integer, nullable=False),  # grows with each claim, for ever: the fence
     sa.Column("lease_until", UtcTime),
     sa.Column("error", sa.Text),  # the last fault; cleared when done or asked anew
+    # Its account: of the open runs that want it a running one, of the highest priority, the oldest. No foreign key:
+    # SQLite can add none to a table that is there.
+    sa.Column("run_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite")),
     sa.UniqueConstraint("key"),
     sa.CheckConstraint("deps_left >= 0", name="deps_left"),
     sa.CheckConstraint("(state = 'leased') = (lease_owner IS NOT NULL)", name="lease"),
 )
 _partial(
     "ix_steps_ready",
+    steps.c.run_id,
     steps.c.lane,
-    steps.c.priority.desc(),
     steps.c.id,
     where=in_state(steps.c.state, StepState.READY),
 )

@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.sql import exists, in_state, now, seconds_between
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
 
@@ -152,14 +153,37 @@ def _runs() -> Iterator[tuple[str, str, sa.Select[Any]]]:
     wanted = exists(
         t.run_steps.c.step_id == STEPS.id,
         t.runs.c.id == t.run_steps.c.run_id,
+        open_run(),
+        outer=t.steps,
+    )
+    waiting = sa.select(STEPS.id).where(in_state(STEPS.state, S.BLOCKED, S.READY))
+    yield "a step that waits is wanted by an open run", "steps", waiting.where(sa.not_(wanted))
+    paused = exists(t.runs.c.id == STEPS.run_id, t.runs.c.state == RunState.PAUSED, outer=t.steps)
+    running = exists(
+        t.run_steps.c.step_id == STEPS.id,
+        t.runs.c.id == t.run_steps.c.run_id,
         t.runs.c.state == RunState.RUNNING,
         outer=t.steps,
     )
-    yield (
-        "a step that waits is wanted by a running run",
-        "steps",
-        sa.select(STEPS.id).where(in_state(STEPS.state, S.BLOCKED, S.READY), sa.not_(wanted)),
+    account = exists(
+        t.run_steps.c.step_id == STEPS.id,
+        t.run_steps.c.run_id == STEPS.run_id,
+        t.runs.c.id == STEPS.run_id,
+        open_run(),
+        outer=t.steps,
     )
+    yield "a step that waits is on the account of an open run that wants it", "steps", waiting.where(sa.not_(account))
+    yield "no step waits for a paused run while a running one wants it", "steps", waiting.where(paused, running)
+    mine, other = t.runs.alias("mine"), t.runs.alias("other")
+    better = exists(
+        mine.c.id == STEPS.run_id,
+        t.run_steps.c.step_id == STEPS.id,
+        other.c.id == t.run_steps.c.run_id,
+        other.c.state == mine.c.state,
+        other.c.priority > mine.c.priority,
+        outer=t.steps,
+    )
+    yield "a step that waits is on the account of the highest priority", "steps", waiting.where(better)
     deliveries = t.deliveries.c
     done = exists(STEPS.id == deliveries.step_id, in_state(STEPS.state, S.DONE), outer=t.deliveries)
     each = sa.select(deliveries.id)
@@ -179,11 +203,11 @@ def _runs() -> Iterator[tuple[str, str, sa.Select[Any]]]:
         t.artifacts.c.collected_at.is_not(None),
         outer=t.deliveries,
     )
-    running = exists(t.runs.c.id == deliveries.run_id, t.runs.c.state == RunState.RUNNING, outer=t.deliveries)
+    wanting = exists(t.runs.c.id == deliveries.run_id, open_run(), outer=t.deliveries)
     yield (
-        "what a running run has still to deliver is there",
+        "what an open run has still to deliver is there",
         "deliveries",
-        each.where(deliveries.state == "pending", running, gone),
+        each.where(deliveries.state == "pending", wanting, gone),
     )
 
 

@@ -72,6 +72,8 @@ class RunState(StrEnum):
 
     RUNNING = "running"
     """Some of its steps are live."""
+    PAUSED = "paused"
+    """Nothing more is claimed for it until it is resumed; what is leased is finished."""
     DONE = "done"
     """Every step is done and everything wanted is delivered."""
     PARTIAL = "partial"
@@ -80,3 +82,7 @@ class RunState(StrEnum):
     """Finished; nothing was delivered because of failures."""
     CANCELLED = "cancelled"
     """Stopped by a person."""
+
+
+OPEN_RUNS = frozenset({RunState.RUNNING, RunState.PAUSED})
+"""States of runs that still want their steps."""

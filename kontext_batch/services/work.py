@@ -17,6 +17,7 @@ from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, 
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.maintain import collect_garbage, reconcile
+from kontext_batch.services.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -70,10 +71,10 @@ class Worker:
     content_filter: ContentFilter | None = None
     keep_bytes: int | None = None
     """Most bytes of artifacts to leave behind when a run is finished; None keeps everything."""
-    lanes: Callable[[str], bool] | None = None
+    turns: Turns = field(default_factory=Turns)
+    """Whose steps are taken next."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
-    _lane: str | None = None
 
     def run_until_done(
         self,
@@ -146,13 +147,13 @@ class Worker:
             self.info.id,
             limit=self.batch_rows,
             lease_seconds=self.lease_seconds,
+            ranking=self.turns,
             run_id=run_id,
-            lanes=self.lanes,
-            prefer=self._lane,
+            capped=self.turns.capped,
         )
         if not steps:
             return False
-        self._lane = steps[0].lane
+        self.turns.took(steps)
 
         def on_row_step(done: int, total: int) -> None:
             if on_step is not None:

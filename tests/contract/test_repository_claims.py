@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import sqlalchemy as sa
 
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import StepState
-from kontext_batch.ports import LeasedStep
+from kontext_batch.ports import LeasedStep, Ready, Share
+from kontext_batch.services.turns import Turns
 from tests.contract.plans import (
     LANE,
     LEASE,
@@ -58,7 +62,7 @@ def state_of(repository: SqlRepository, name: str) -> StepState:
 def test_a_claim_takes_the_highest_priority_then_the_oldest(repository: SqlRepository) -> None:
     submit(repository, make_plan({"a": [], "b": []}), priority=1)
     submit(repository, make_plan({"c": [], "d": []}), priority=2)
-    assert names(claim(repository, limit=3)) == ["c", "d", "a"]
+    assert names(claim(repository, limit=3)) == ["c", "d", "a"]  # filled up from the next run
     assert names(claim(repository, "w2", limit=3)) == ["b"]
     assert claim(repository) == []
 
@@ -66,31 +70,73 @@ def test_a_claim_takes_the_highest_priority_then_the_oldest(repository: SqlRepos
 def test_a_claim_is_of_one_lane(repository: SqlRepository) -> None:
     lanes = {"b": "edit/other", "d": "edit/other"}
     submit(repository, make_plan({name: [] for name in "abcd"}, lanes=lanes))
+    assert names(claim(repository)) == ["b", "d"]  # of one run, by the lane's name
     assert names(claim(repository)) == ["a", "c"]
-    assert names(claim(repository)) == ["b", "d"]
 
 
-def test_the_preferred_lane_wins_among_equals_only(repository: SqlRepository) -> None:
-    lanes = {"b": "edit/other", "d": "edit/other"}
-    submit(repository, make_plan({name: [] for name in "abcd"}, lanes=lanes))
-    assert names(claim(repository, prefer="edit/other", limit=1)) == ["b"]
-    submit(repository, make_plan({"e": []}), priority=1)
-    assert names(claim(repository, prefer="edit/other")) == ["e", "a", "c"]
-    assert names(claim(repository, prefer="edit/no such lane")) == ["d"]
+def test_the_ranking_is_asked_with_all_that_is_ready_and_leased(repository: SqlRepository) -> None:
+    first = submit(repository, make_plan({name: [] for name in "abc"}, lanes={"c": "operations"}), priority=3)
+    second = submit(repository, make_plan({"d": [], "e": ["d"]}))
+    claim(repository, limit=1)
+    told: list[Ready] = []
+
+    def nothing(ready: Sequence[Ready]) -> list[Share]:
+        told.extend(ready)
+        return []
+
+    assert claim(repository, ranking=nothing) == []
+    assert told == [
+        Ready(first, "studio", 3, LANE, 1, 1),
+        Ready(first, "studio", 3, "operations", 1, 1),
+        Ready(second, "studio", 0, LANE, 0, 1),
+    ]
 
 
-def test_a_worker_says_which_lanes_it_serves(repository: SqlRepository) -> None:
+def test_what_the_ranking_allows_is_claimed_and_no_more(repository: SqlRepository) -> None:
+    first = submit(repository, make_plan({name: [] for name in "abc"}))
+    second = submit(repository, make_plan({name: [] for name in "def"}, lanes={"f": "edit/other"}))
+    shares = [Share(second, LANE, limit=1), Share(second, "edit/other"), Share(first, LANE, limit=2)]
+    assert names(claim(repository, ranking=lambda ready: shares)) == ["d", "a", "b"]
+    shares = [Share(first, "edit/none"), Share(first, LANE, limit=0)]
+    assert names(claim(repository, ranking=lambda ready: shares)) == []
+
+
+def test_a_lane_that_is_not_served_is_left_alone(repository: SqlRepository) -> None:
     submit(repository, make_plan({"a": [], "b": []}, lanes={"b": "operations"}), priority=3)
-    assert names(claim(repository, lanes=lambda lane: lane == "operations")) == ["b"]
-    assert claim(repository, lanes=lambda lane: False) == []
-    assert names(claim(repository, lanes=lambda lane: lane == LANE)) == ["a"]
+    assert names(claim(repository, ranking=Turns(lanes=lambda lane: lane == "operations"))) == ["b"]
+    assert claim(repository, ranking=Turns(lanes=lambda lane: False)) == []
+    assert names(claim(repository, ranking=Turns(lanes=lambda lane: lane == LANE))) == ["a"]
+
+
+def test_caps_hold_while_many_workers_claim_at_once(repository: SqlRepository) -> None:
+    for start in range(0, 60, 20):
+        submit(repository, make_plan({f"s{start + index}": [] for index in range(20)}))
+    for name in ("w1", "w2", "w3", "w4"):
+        repository.register_worker(worker(name))
+    claimed: list[LeasedStep] = []
+
+    def work(name: str) -> None:
+        turns = Turns(run_cap=5, owner_cap=11)
+        for _ in range(8):
+            claimed.extend(claim(repository, name, limit=3, ranking=turns, capped=turns.capped))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("w1", "w2", "w3", "w4")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    by_run = Counter(step.run_id for step in claimed)
+    assert sum(by_run.values()) == 11
+    assert max(by_run.values()) <= 5
+    repository.release([(step.id, step.token) for step in claimed])
+    assert len(claim(repository, ranking=Turns(run_cap=5), capped=True)) == 8  # 5 of one run and 3 of another
 
 
 def test_a_claim_can_be_kept_to_one_run(repository: SqlRepository) -> None:
     submit(repository, make_plan({"a": [], "b": []}, lanes={"b": "edit/other"}), priority=5)
     second = submit(repository, make_plan({"b": [], "c": []}, lanes={"b": "edit/other"}))
-    assert names(claim(repository, run_id=second)) == ["b"]
-    assert names(claim(repository, run_id=second)) == ["c"]
+    assert names(claim(repository, run_id=second)) == ["c"]  # on its own account
+    assert names(claim(repository, run_id=second)) == ["b"]  # on that of the other, and wanted too
     assert claim(repository, run_id=second) == []
     assert names(claim(repository)) == ["a"]
 

@@ -75,6 +75,38 @@ def test_downgrading_removes_everything(empty_database_url: str) -> None:
     migrate.check(empty_database_url)
 
 
+def test_steps_of_an_older_database_get_their_account(empty_database_url: str) -> None:
+    migrate.upgrade(empty_database_url, "0001")
+    engine = open_database(empty_database_url)
+    moment = "2026-11-24 10:00:00.000"
+    with begin_writing(engine) as conn:
+        for run_id, priority, state in ((1, 5, "done"), (2, 1, "running"), (3, 2, "running")):
+            conn.exec_driver_sql(
+                "INSERT INTO runs (id, recipe, recipe_sha256, recipe_text, source, owner, trigger, priority, selection,"
+                f" budget, state, created) VALUES ({run_id}, 'r', '', '', '', '', 'cli', {priority}, '{{}}', '{{}}',"
+                f" '{state}', '{moment}')"
+            )
+        for step_id, priority in ((1, 2), (2, 5), (3, 0)):
+            conn.exec_driver_sql(
+                "INSERT INTO steps (id, key, operation, lane, state, deps_left, priority, asked, attempts, losses,"
+                f" lease_token) VALUES ({step_id}, 'k{step_id}', 'edit', 'l', 'ready', 0, {priority}, 1, 0, 0, 0)"
+            )
+        for run_id, ordinal, step_id in ((1, 0, 1), (2, 0, 1), (3, 0, 1), (1, 1, 2)):
+            conn.exec_driver_sql(
+                "INSERT INTO run_steps (run_id, ordinal, step_id, node, axes, candidate, take, file, line, first,"
+                f" cached) VALUES ({run_id}, {ordinal}, {step_id}, 'n', '[]', 1, 0, 'f', 1, true, false)"
+            )
+    migrate.upgrade(empty_database_url)
+    with engine.begin() as conn:
+        rows = conn.exec_driver_sql("SELECT id, run_id FROM steps").all()
+    assert {row[0]: row[1] for row in rows} == {1: 3, 2: 1, 3: None}
+    migrate.downgrade(empty_database_url, "0001")
+    with engine.begin() as conn:
+        rows = conn.exec_driver_sql("SELECT id, priority FROM steps").all()
+    assert {row[0]: row[1] for row in rows} == {1: 2, 2: 5, 3: 0}
+    close_database(engine)
+
+
 def test_check_says_what_to_do(empty_database_url: str) -> None:
     assert migrate.current(empty_database_url) is None
     with pytest.raises(SettingsError, match="db upgrade"):

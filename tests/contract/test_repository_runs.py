@@ -52,6 +52,13 @@ def deliver_all(repository: SqlRepository) -> None:
         repository.record_delivery(each.id, path=each.path, version=1)
 
 
+def accounts(engine: sa.Engine) -> dict[str, int]:
+    """The run on whose account each step is, by the step's name."""
+    with engine.begin() as conn:
+        rows = conn.exec_driver_sql("SELECT node, steps.run_id FROM steps JOIN run_steps ON step_id = id")
+        return {row[0]: row[1] for row in rows}
+
+
 def test_a_new_run_waits_where_it_reads(repository: SqlRepository, engine: sa.Engine) -> None:
     run_id = submit(repository, make_plan(DIAMOND, deliver=["d"]))
     assert states(repository, run_id) == {"a": "ready", "b": "blocked", "c": "blocked", "d": "blocked"}
@@ -91,16 +98,14 @@ def test_a_second_run_finds_everything_cached(repository: SqlRepository) -> None
     assert (again, RunState.DONE) in repository.finish_runs()
 
 
-def test_two_runs_share_live_steps_and_raise_their_priority(repository: SqlRepository, engine: sa.Engine) -> None:
+def test_a_shared_live_step_goes_on_the_account_of_the_higher_priority(
+    repository: SqlRepository, engine: sa.Engine
+) -> None:
     submit(repository, make_plan({"x": []}), priority=5)
     submit(repository, make_plan(DIAMOND), priority=1)
     second = submit(repository, make_plan({"a": [], "b": ["a"], "e": ["b"]}), priority=9)
     assert repository.run(second).cached == 0
-    with engine.begin() as conn:
-        rows = conn.exec_driver_sql(
-            "SELECT node, max(priority) FROM steps JOIN run_steps ON step_id = id GROUP BY node ORDER BY node"
-        )
-        assert {row[0]: row[1] for row in rows} == {"a": 9, "b": 9, "c": 1, "d": 1, "e": 9, "x": 5}
+    assert accounts(engine) == {"a": 3, "b": 3, "c": 2, "d": 2, "e": 3, "x": 1}
     [leased] = repository.claim("w1", limit=1, lease_seconds=LEASE)
     assert leased.params["name"] == "a"
     submit(repository, make_plan(DIAMOND), priority=0)
@@ -108,11 +113,13 @@ def test_two_runs_share_live_steps_and_raise_their_priority(repository: SqlRepos
     assert not repository.verify()
 
 
-def test_a_lower_priority_lowers_nothing(repository: SqlRepository, engine: sa.Engine) -> None:
+@pytest.mark.parametrize("priority", [1, 5])
+def test_a_step_stays_on_the_older_account_unless_the_newer_has_a_higher_priority(
+    repository: SqlRepository, engine: sa.Engine, priority: int
+) -> None:
     submit(repository, make_plan({"a": []}), priority=5)
-    submit(repository, make_plan({"a": []}), priority=1)
-    with engine.begin() as conn:
-        assert conn.exec_driver_sql("SELECT priority FROM steps").scalar() == 5
+    submit(repository, make_plan({"a": []}), priority=priority)
+    assert accounts(engine) == {"a": 1}
 
 
 def test_a_failed_chain_is_put_back_by_a_new_run(repository: SqlRepository) -> None:
@@ -150,7 +157,7 @@ def test_a_step_that_is_asked_for_anew_is_read_as_it_is_written_now(repository: 
     plan = make_plan({"a": []}, params={"model": "new"}, lanes={"a": "edit/new"})
     moved = replace(plan.steps[0].inputs[0], source=replace(source("a"), uri="file:///moved/a.png"))
     repository.create_run(new_run(plan), replace(plan, steps=(replace(plan.steps[0], inputs=(moved,)),)))
-    [step] = repository.claim("w1", limit=1, lease_seconds=LEASE, lanes=lambda lane: lane == "edit/new")
+    [step] = repository.claim("w1", limit=1, lease_seconds=LEASE)
     assert step.params["model"] == "new"
     assert [each.uri for each in step.sources] == ["file:///moved/a.png"]
 
@@ -329,12 +336,65 @@ def test_cancel_takes_what_no_other_run_wants(repository: SqlRepository) -> None
     assert not repository.verify()
 
 
-def test_cancel_gives_shared_steps_the_priority_of_those_who_stay(repository: SqlRepository, engine: sa.Engine) -> None:
+def test_cancel_leaves_shared_steps_to_the_account_of_those_who_stay(
+    repository: SqlRepository, engine: sa.Engine
+) -> None:
     first = submit(repository, make_plan({"a": []}), priority=7)
     submit(repository, make_plan({"a": []}), priority=2)
     repository.cancel_run(first)
-    with engine.begin() as conn:
-        assert conn.exec_driver_sql("SELECT priority FROM steps").scalar() == 2
+    assert accounts(engine) == {"a": 2}
+
+
+def test_a_paused_run_gets_nothing_until_it_is_resumed(repository: SqlRepository) -> None:
+    run_id = submit(repository, make_plan({"a": [], "b": ["a"], "c": ["a"]}))
+    [step] = repository.claim("w1", limit=1, lease_seconds=LEASE)
+    assert repository.pause_run(run_id)
+    assert not repository.pause_run(run_id)
+    assert repository.run(run_id).state is RunState.PAUSED
+    repository.commit(None, [done(step)])  # what is leased is finished
+    assert states(repository, run_id) == {"a": "done", "b": "ready", "c": "ready"}
+    assert repository.claim("w1", limit=8, lease_seconds=LEASE) == []
+    assert repository.finish_runs() == []
+    assert not repository.verify()
+    assert repository.resume_run(run_id)
+    assert not repository.resume_run(run_id)
+    assert finish(repository) == 2
+    assert repository.finish_runs() == [(run_id, RunState.DONE)]
+
+
+def test_what_a_running_run_wants_does_not_wait_for_a_paused_one(repository: SqlRepository, engine: sa.Engine) -> None:
+    first = submit(repository, make_plan({"a": [], "b": []}), priority=9)
+    submit(repository, make_plan({"a": []}))
+    repository.pause_run(first)
+    assert accounts(engine) == {"a": 2, "b": 1}
+    assert finish(repository) == 1
+    repository.resume_run(first)
+    assert accounts(engine) == {"a": 2, "b": 1}  # done: it stays with who had it computed
+    assert not repository.verify()
+
+
+def test_a_paused_run_may_be_cancelled(repository: SqlRepository) -> None:
+    run_id = submit(repository, make_plan({"a": []}))
+    repository.pause_run(run_id)
+    assert repository.cancel_run(run_id) == 1
+    assert repository.run(run_id).state is RunState.CANCELLED
+    assert not repository.resume_run(run_id)
+
+
+def test_another_priority_holds_from_the_next_claim_on(repository: SqlRepository, engine: sa.Engine) -> None:
+    first = submit(repository, make_plan({"a": [], "b": []}))
+    submit(repository, make_plan({"a": [], "c": []}), priority=1)
+    repository.prioritize_run(first, 2)
+    assert accounts(engine) == {"a": 1, "b": 1, "c": 2}
+    leased = repository.claim("w1", limit=8, lease_seconds=LEASE)
+    assert [step.params["name"] for step in leased] == ["a", "b", "c"]
+    assert [step.run_id for step in leased] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("act", ["pause_run", "resume_run", "cancel_run"])
+def test_acting_on_an_unknown_run_says_so(repository: SqlRepository, act: str) -> None:
+    with pytest.raises(ObjectNotFound, match="no run 7"):
+        getattr(repository, act)(7)
 
 
 def test_a_lease_outlives_the_cancelling_of_its_run(repository: SqlRepository) -> None:

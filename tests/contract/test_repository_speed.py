@@ -14,6 +14,7 @@ from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.plan import Plan
 from kontext_batch.ports import BatchMember, BatchRecord
+from kontext_batch.services.turns import Turns
 from tests.contract.plans import LANE, LEASE, artifact_of, done, make_plan, submit, worker
 
 BUDGET = 2.5
@@ -31,7 +32,7 @@ def wide_plan(steps: int) -> Plan:
 
 
 def work_batch(repository: SqlRepository, *, run_id: int | None = None) -> int:
-    steps = repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id, prefer=LANE)
+    steps = repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id, ranking=Turns())
     repository.commit(
         BatchRecord("w1", LANE, "cpu", None, "exact", {}, tuple(BatchMember(step.id, 0, 28) for step in steps)),
         [done(step) for step in steps],

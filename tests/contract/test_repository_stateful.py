@@ -80,6 +80,9 @@ class Store(RuleBasedStateMachine):
 
     def _work_off(self) -> None:
         """Whatever happened, everything can be brought to an end."""
+        for run in self.repository.runs():
+            if run.state is RunState.PAUSED:
+                self.repository.resume_run(run.id)
         self.repository.reconcile(gone_workers=WORKERS)
         self.repository.register_worker(worker("w1"))
         finish(self.repository)
@@ -107,7 +110,10 @@ class Store(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(WORKERS), limit=st.integers(1, 4))
     def claim(self, name: str, limit: int) -> None:
-        for step in self.repository.claim(name, limit=limit, lease_seconds=LEASE):
+        claimed = self.repository.claim(name, limit=limit, lease_seconds=LEASE)
+        paused = {run.id for run in self.repository.runs() if run.state is RunState.PAUSED}
+        assert not {step.run_id for step in claimed} & paused
+        for step in claimed:
             assert step.id not in self.held
             assert len(step.parents) == len(GRAPH[step.params["name"]])  # lost or not, each is named
             self.held[step.id], self.owners[step.id] = step, name
@@ -164,6 +170,17 @@ class Store(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         if (run_id := self._some_run(data)) is not None:
             self.repository.cancel_run(run_id)
+
+    @rule(data=st.data(), act=st.sampled_from(["pause", "resume", "prioritize"]), priority=st.integers(0, 2))
+    def steer(self, data: st.DataObject, act: str, priority: int) -> None:
+        if (run_id := self._some_run(data)) is None:
+            return
+        if act == "pause":
+            self.repository.pause_run(run_id)
+        elif act == "resume":
+            self.repository.resume_run(run_id)
+        else:
+            self.repository.prioritize_run(run_id, priority)
 
     @rule(data=st.data(), names=st.none() | LEAVES)
     def retry(self, data: st.DataObject, names: set[str] | None) -> None:
