@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-TERMINAL_EVENTS = frozenset({"finished", "interrupted", "error"})
+TERMINAL_EVENTS = frozenset({"finished", "interrupted", "paused", "error"})
 """Exactly one of these ends the NDJSON of `run --json`; a failing command ends with `error`."""
 _last = ""
 

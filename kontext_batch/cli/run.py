@@ -119,6 +119,7 @@ def submitted(application: Application, ready: Prepared, *, priority: int, as_js
     if run_id is not None:
         # Asked for anew: what was blamed for earlier kills, or failed, gets another chance, as in a new run.
         reconcile(application.repository)
+        application.repository.resume_run(run_id)
         application.repository.retry_run(run_id)
     else:
         run_id = store_run(application.repository, application.wake_ups, ready, trigger="cli", priority=priority)
@@ -136,10 +137,19 @@ def work(
 
     `paths`: where it delivers to, to say where the outputs are. `name_files`: name each new file instead.
     """
+    from kontext_batch.planning.states import RunState
+
     worker = application.worker()
     progress_of_run = _progress(partial(application.repository.run, run_id), as_json=as_json)
     with stopped_by_signals(worker.stopping), progress_of_run as progress:
         summary = worker.run_until_done(run_id, on_step=progress.on_step, on_progress=progress.on_progress)
+    if summary.finished is None and summary.state is RunState.PAUSED:
+        message = f"somebody paused the run; `kontext-batch runs resume {run_id}`, or the same command, lets it go on"
+        if as_json:
+            output.event("paused", run=run_id, message=message, exit=EXIT_INTERRUPTED)
+        else:
+            output.tell(f"run {run_id}: {message}")
+        return EXIT_INTERRUPTED
     if summary.finished is None:
         again = "the same command goes on where it stopped"
         if as_json:

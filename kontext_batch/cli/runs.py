@@ -1,4 +1,4 @@
-"""`status` and `runs list|show|retry|cancel`."""
+"""`status` and `runs list|show|retry|cancel|pause|resume|prioritize`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from kontext_batch.cli import common, output
 from kontext_batch.cli.run import outputs_text, report, shown_uri, submitted, undelivered_data, undelivered_line, work
-from kontext_batch.errors import ObjectNotFound, SettingsError
+from kontext_batch.errors import SettingsError
 
 if TYPE_CHECKING:
     from kontext_batch.ports import RunSummary, StepRow
@@ -184,15 +184,58 @@ def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
 
     Example: kontext-batch runs cancel 12
     """
-    from kontext_batch.services.questions import run_number
+    from kontext_batch.services.questions import open_run
 
-    number = run_number(run)
     with common.opened(workspace) as application:
-        summary = application.repository.run(number)
-        if summary.finished is not None:
-            raise ObjectNotFound(f"run {number} has ended already: {summary.state}")
+        number = open_run(application.repository, run).id
         count = application.repository.cancel_run(number)
     output.say(f"run {number} is cancelled; {count} steps will not be computed")
+
+
+@app.command()
+def pause(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
+    """Let a run begin nothing more; what is being computed is finished, what other runs want goes on.
+
+    Example: kontext-batch runs pause 12
+    """
+    from kontext_batch.services.questions import open_run
+
+    with common.opened(workspace) as application:
+        number = open_run(application.repository, run).id
+        paused = application.repository.pause_run(number)
+    output.say(f"run {number} is paused" if paused else f"run {number} is paused already")
+
+
+@app.command()
+def resume(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
+    """Let a paused run go on; workers compute it, or `run` with its recipe.
+
+    Example: kontext-batch runs resume 12
+    """
+    from kontext_batch.services.questions import open_run
+
+    with common.opened(workspace) as application:
+        number = open_run(application.repository, run).id
+        resumed = application.repository.resume_run(number)
+    output.say(f"run {number} goes on" if resumed else f"run {number} is not paused")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # a negative number is no option
+def prioritize(
+    run: RunArgument,
+    priority: Annotated[int, typer.Argument(help="Higher runs first; a new run has 0.", show_default=False)],
+    workspace: common.WorkspaceOption = None,
+) -> None:
+    """Give an unfinished run another priority; it holds from the next batch on.
+
+    Example: kontext-batch runs prioritize 12 5
+    """
+    from kontext_batch.services.questions import open_run
+
+    with common.opened(workspace) as application:
+        number = open_run(application.repository, run).id
+        application.repository.prioritize_run(number, priority)
+    output.say(f"run {number} has priority {priority}")
 
 
 def _check_beside(workspace: Path, summary: RunSummary) -> None:

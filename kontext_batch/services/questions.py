@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.planning.params import SAMPLING
 from kontext_batch.planning.plan import Axes, InstanceId
-from kontext_batch.planning.states import RunState
+from kontext_batch.planning.states import OPEN_RUNS
 from kontext_batch.ports import AttemptRow, Repository, RunSummary, SourceInput, StepRow
 from kontext_batch.services.prepare import Prepared, earlier_takes
 
@@ -36,13 +36,21 @@ def run_number(text: str) -> int:
     return found
 
 
+def open_run(repository: Repository, text: str) -> RunSummary:
+    """The unfinished run of that number. Raises `ObjectNotFound`, for one that has ended too."""
+    summary = repository.run(run_number(text))
+    if summary.finished is not None:
+        raise ObjectNotFound(f"run {summary.id} has ended already: {summary.state}")
+    return summary
+
+
 def unfinished_run(repository: Repository, prepared: Prepared) -> int | None:
     """The newest unfinished run of exactly this plan: the same command goes on with it. None when there is none."""
     plan = prepared.plan
     wanted = [(each.node, each.axes, each.candidate, each.key) for each in plan.instances]
     for run in repository.runs():
         same = run.recipe_sha256 == plan.recipe_sha256 and run.source == prepared.source
-        if run.state is RunState.RUNNING and same:
+        if run.state in OPEN_RUNS and same:
             steps = [(each.node, each.axes, each.candidate, each.key) for each in repository.run_steps(run.id)]
             if steps == wanted and run.deliveries == len(plan.deliveries):
                 return run.id

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
+from kontext_batch.planning.states import RunState
 from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import Executor
@@ -83,7 +84,7 @@ class Worker:
         on_step: OnStep | None = None,
         on_progress: Callable[[RunSummary], None] | None = None,
     ) -> RunSummary:
-        """Work on one run until it has a final state, or until `stopping` is set; then give the leases back.
+        """Work on one run until it has a final state, is paused, or `stopping` is set; then give the leases back.
 
         Another process may share the run or some of its steps; what it holds is waited for, and taken over when that
         process is gone.
@@ -110,6 +111,8 @@ class Worker:
                             collect_garbage(self.repository, self.store, keep_bytes=self.keep_bytes)
                         return summary
                     if not worked and not delivered:
+                        if summary.state is RunState.PAUSED:
+                            return summary
                         reconcile(self.repository)
                         self.stopping.wait(IDLE_SECONDS)
         finally:

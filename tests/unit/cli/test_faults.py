@@ -40,7 +40,15 @@ def done(studio: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 def test_what_is_no_number_of_a_run_is_told_in_one_line(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given in (TOO_LARGE, "9" * 5000, "x", "12a", "²"):
-        for command in ("status", "runs show", "runs cancel", "runs retry --failed", "explain"):
+        for command in (
+            "status",
+            "runs show",
+            "runs cancel",
+            "runs pause",
+            "runs resume",
+            "runs retry --failed",
+            "explain",
+        ):
             text = f"run:{given}" if command == "explain" else given
             assert main.main([*command.split(), text]) == 2, (command, given)
             told = capsys.readouterr().err

@@ -57,7 +57,7 @@ def events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_the_grammar_is_for_good() -> None:
     told = {" ".join(path) for path in commands()}
     assert told >= {"run", "plan", "submit", "status", "explain", "lineage", "doctor", "gc"}
-    assert told >= {f"runs {verb}" for verb in ("list", "show", "retry", "cancel")}
+    assert told >= {f"runs {verb}" for verb in ("list", "show", "retry", "cancel", "pause", "resume", "prioritize")}
     assert told >= {"steps show", "steps logs", "recipes validate", "recipes schema", "recipes init"}
     assert told >= {"models list", "models add", "models verify", "models convert", "workers start", "db upgrade"}
 
@@ -206,6 +206,36 @@ def test_a_submitted_run_can_be_cancelled(studio: Path, capsys: pytest.CaptureFi
     assert "4 steps will not be computed" in capsys.readouterr().out
     assert main.main(["runs", "retry", "1", "--failed"]) == 0
     assert len(list((studio / "out").iterdir())) == 4
+
+
+def test_a_paused_run_waits_until_it_is_resumed(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["submit", "sizes.yaml"]) == 0
+    assert main.main(["runs", "pause", "1"]) == 0
+    assert main.main(["runs", "pause", "1"]) == 0
+    assert main.main(["runs", "prioritize", "1", "-5"]) == 0
+    assert main.main(["runs", "retry", "1", "--failed", "--json"]) == 130
+    told = capsys.readouterr().out
+    assert "run 1 is paused\nrun 1 is paused already\nrun 1 has priority -5\n" in told
+    last = json.loads(told.splitlines()[-1])
+    assert (last["event"], last["exit"]) == ("paused", 130)
+    assert "runs resume 1" in last["message"]
+    assert main.main(["runs", "resume", "1"]) == 0
+    assert main.main(["runs", "resume", "1"]) == 0
+    assert capsys.readouterr().out == "run 1 goes on\nrun 1 is not paused\n"
+    assert main.main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["priority"] == -5
+    assert main.main(["runs", "retry", "1", "--failed"]) == 0
+    assert len(list((studio / "out").iterdir())) == 4
+    for verb in ("pause", "resume", "cancel"):
+        assert main.main(["runs", verb, "1"]) == 2
+        assert capsys.readouterr().err == "run 1 has ended already: done\n"
+
+
+def test_the_same_command_lets_a_paused_run_go_on(studio: Path) -> None:
+    assert main.main(["submit", "sizes.yaml"]) == 0
+    assert main.main(["runs", "pause", "1"]) == 0
+    assert main.main(["run", "sizes.yaml"]) == 0
+    assert main.main(["status", "2"]) == 2  # it was the same run
 
 
 def test_a_command_without_a_workspace_makes_none(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
