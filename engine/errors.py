@@ -5,6 +5,7 @@ EngineError (ValueError)
 ├── WeightsError     a file or folder of weights that cannot be loaded as it is
 ├── AdapterError     an adapter (LoRA) that cannot be loaded, or not into this model
 ├── RequestError     an edit request that cannot be run
+├── TrainingError    a training that cannot go on
 └── NonFiniteError   a row whose result holds NaN or infinity
 """
 
@@ -47,6 +48,10 @@ class AdapterError(EngineError):
 
 class RequestError(EngineError):
     """An edit request is wrong: sides, steps, noise shape, a reference layout that does not exist."""
+
+
+class TrainingError(EngineError):
+    """A training cannot go on: it diverged."""
 
 
 class NonFiniteError(EngineError):

@@ -83,7 +83,8 @@ def convert_model(path: Path, target: Path) -> None:
 def train_model(config: Path, *, say: Callable[[str], None]) -> None:
     """Train, or go on training, what the YAML file `config` describes (docs/training.md). Raises `SettingsError`."""
     from engine.errors import EngineError
-    from engine.training.run import TrainingConfig, train
+    from engine.training.config import TrainingConfig
+    from engine.training.run import train
 
     try:
         train(TrainingConfig.read(config), say=say)

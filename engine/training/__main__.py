@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from engine.errors import EngineError
-from engine.training.run import TrainingConfig, train
+from engine.training.config import TrainingConfig
+from engine.training.run import train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        print("stopped; the same command goes on", file=sys.stderr)  # noqa: T201
         return 130
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,32 +98,76 @@ def drawn_pairs(
 def read_pairs(table: Path, width: int, height: int) -> Pairs:
     """Pairs from a CSV with the columns `before`, `after` (paths beside the table) and `instruction`.
 
-    An empty `before` is text-to-image. Pictures are cut around their middle to width x height. Raises `ConfigError`.
+    An empty `before` is text-to-image. Pictures are turned as their EXIF data say, laid on white where they are
+    transparent, and cut around their middle to width x height. Raises `ConfigError`, with the line.
     """
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise ConfigError(f"{table}: the column {missing[0]} is missing; needed are {', '.join(COLUMNS)}")
-        rows = list(reader)
-    if not rows:
-        raise ConfigError(f"{table}: no pairs")
+    rows = _rows(table)
 
     def picture(name: str, line: int) -> Image.Image:
         try:
             with Image.open(table.parent / name) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-        except OSError as error:
+                upright = _opaque(ImageOps.exif_transpose(image))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ConfigError(f"{table}, line {line}: {name} cannot be read ({error})") from error
         return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
 
     nothing = Image.new("RGB", (width, height))
-    numbered = list(enumerate(rows, start=2))
     return Pairs(
-        after=stacked(picture(row["after"], line) for line, row in numbered),
-        before=stacked(picture(row["before"], line) if row["before"] else nothing for line, row in numbered),
-        has_before=torch.tensor([bool(row["before"]) for row in rows]),
-        prompts=[row["instruction"] for row in rows],
+        after=stacked(picture(row["after"], line) for line, row in rows),
+        before=stacked(picture(row["before"], line) if row["before"] else nothing for line, row in rows),
+        has_before=torch.tensor([bool(row["before"]) for _, row in rows]),
+        prompts=[row["instruction"] for _, row in rows],
     )
+
+
+def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line, row) of a table of pairs, every one with exactly its columns. Raises `ConfigError`."""
+    rows: list[tuple[int, dict[str, str]]] = []
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            names = [name.strip() for name in next(reader, [])]
+            if missing := [name for name in COLUMNS if name not in names]:
+                found = ", ".join(names) or "nothing"
+                raise ConfigError(
+                    f"{table}: the column {missing[0]} is missing; needed are {', '.join(COLUMNS)}, with commas "
+                    f"between; found: {found[:200]}"
+                )
+            if double := [name for name in names if names.count(name) > 1]:
+                raise ConfigError(f"{table}: there are two columns {double[0]}")
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(names):
+                    raise ConfigError(
+                        f"{table}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; a text with "
+                        "commas stands in quotes"
+                    )
+                row = dict(zip(names, cells, strict=True))
+                if not row["after"]:
+                    raise ConfigError(f"{table}, line {reader.line_num}: `after` is empty")
+                rows.append((reader.line_num, row))
+    except OSError as error:
+        raise ConfigError(f"{table}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{table}: this is no UTF-8 text; save it as CSV UTF-8 ({error.reason})") from error
+    except csv.Error as error:
+        raise ConfigError(f"{table}, line {reader.line_num}: {error}") from error
+    if not rows:
+        raise ConfigError(f"{table}: no pairs")
+    return rows
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """As RGB, on white where it is transparent. Raises `ValueError` for more than 8 bits a channel."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError("more than 8 bits a channel; convert it to RGB first")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ground = Image.new("RGB", image.size, "white")
+    cut = image.convert("RGBA")
+    ground.paste(cut, mask=cut)
+    return ground
 
 
 def encode_pairs(autoencoder: Autoencoder, pairs: Pairs) -> EncodedPairs:
@@ -186,5 +230,8 @@ def _made_of(
 def _kept_under(path: Path) -> str | None:
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("made_of")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("made_of")
+    except SafetensorError:  # half of it is there: it is made again
+        return None

@@ -7,23 +7,29 @@ drawn; parameters, their average and the optimiser's moments are in the checkpoi
 from __future__ import annotations
 
 import csv
-import json
+import errno
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Annotated
 
 import numpy as np
+import pydantic.dataclasses
 import torch
-from safetensors import safe_open
+from pydantic import ConfigDict, Field, PositiveInt
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, TrainingError
 from engine.training.muon import Muon
 
 Loss = tuple[Tensor, Mapping[str, float]]
@@ -35,26 +41,30 @@ MUON_STATE = "momentum_buffer"
 """What Muon keeps of each matrix."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class LoopConfig:
     """What every training has."""
 
-    steps: int
-    lr: float = 1e-3
+    steps: Count
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     """Peak of the learning rate: reached after `warmup` steps, then a cosine down to 0."""
-    warmup: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
+    warmup: Count = 100
+    weight_decay: NotNegative = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
-    ema: float = 0.999
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged parameters, which are what is evaluated and shipped."""
-    seed: int = 0
-    save_every: int = 100
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    save_every: PositiveInt = 100
     """Steps between checkpoints."""
-    log_every: int = 25
+    log_every: PositiveInt = 25
     bf16: bool = False
     """Compute in bfloat16 where it is safe (autocast, and Muon); parameters stay fp32."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Batches of a step: their gradients are averaged, at the memory of one."""
     muon: bool = False
     """Muon instead of AdamW for the weights of hidden layers."""
@@ -126,13 +136,27 @@ class Loop:
         return self.step > 0
 
     def _read_checkpoint(self) -> None:
+        try:
+            self._take_checkpoint()
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{self.checkpoint} cannot be read ({error}); remove it to begin anew, or give this training another "
+                "folder"
+            ) from error
+
+    def _take_checkpoint(self) -> None:
         with safe_open(self.checkpoint, framework="pt") as file:
             names = {kind: set[str]() for kind in ("model", "ema", MUON_STATE)}
             for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
                 kind, _, name = key.partition(".")
                 names.setdefault(kind, set()).add(name)
             self.step = int(file.metadata()["step"])
-            if names["model"] != set(self.parameters) or (self.step and names[MUON_STATE] != set(self.matrices)):
+            shapes = {name: file.get_slice(f"model.{name}").get_shape() for name in names["model"]}
+            if shapes != {name: list(p.shape) for name, p in self.parameters.items()} or (
+                self.step and names[MUON_STATE] != set(self.matrices)
+            ):
                 raise ConfigError(
                     f"{self.checkpoint} is of a training with other parameters, or with the other `muon`; "
                     "give this one another folder"
@@ -149,12 +173,24 @@ class Loop:
                     optimiser.state[parameter][kind] = value if value.ndim == 0 else value.to(parameter.device)
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a killed run logged and this one makes again, and what it left half written."""
+        """Drop the lines of steps that a killed run logged and this one makes again, and what it left half written.
+
+        A file that is no metrics of ours is put aside as `metrics.damaged.csv`.
+        """
         path = self.folder / "metrics.csv"
         if not path.is_file():
             return
-        first, *lines = path.read_text().splitlines(keepends=True) or [""]
-        kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]
+        try:
+            first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if int(line.partition(",")[0]) <= step]
+            columns = first.count(",")
+            sound = first.startswith("step,seconds_per_step,") and all(line.count(",") == columns for line in whole)
+        except ValueError:
+            sound = False
+        if not sound:
+            path.replace(path.with_name("metrics.damaged.csv"))
+            return
         if not kept:
             path.unlink()
             return
@@ -178,9 +214,13 @@ class Loop:
             for key, value in optimiser.state[stepped].items():
                 tensors[f"{key}.{name}"] = value.contiguous()
         part = self.checkpoint.with_suffix(".part")
-        save_file(tensors, part, metadata={"step": str(self.step)})
+        try:
+            save_file(tensors, part, metadata={"step": str(self.step)})
+        except SafetensorError as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, f"no space is left for {self.checkpoint}") from error
+            raise
         os.replace(part, self.checkpoint)
-        (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     def learning_rate(self, step: int) -> float:
         """At a step, 0-based."""
@@ -197,12 +237,27 @@ class Loop:
         say: Callable[[str], None],
         on_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Train to the configured number of steps. `loss_of` computes one batch's loss and figures to log."""
+        """Train to the configured number of steps. `loss_of` computes one batch's loss and figures to log.
+
+        SIGINT and SIGTERM save a checkpoint after the step that is being made, then raise `KeyboardInterrupt`. Raises
+        `TrainingError` when a gradient is not finite.
+        """
+        with stopped_by_signals() as stopping:
+            self._run(loss_of, say, on_step, stopping)
+
+    def _run(
+        self,
+        loss_of: Callable[[Moment], Loss],
+        say: Callable[[str], None],
+        on_step: Callable[[int], None] | None,
+        stopping: threading.Event,
+    ) -> None:
         config = self.config
         self.module.train()
-        started, first = time.perf_counter(), self.step
+        first, spent = self.step, 0.0
         shown: dict[str, list[float]] = {}
         while self.step < config.steps:
+            started = time.perf_counter()
             for optimiser in self.optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = self.learning_rate(self.step)
@@ -216,7 +271,7 @@ class Loop:
                     shown.setdefault(name, []).append(value)
             norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
             if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient of step {self.step} is not finite; lower the learning rate")
+                raise TrainingError(f"the gradient of step {self.step} is not finite; lower the learning rate")
             for name, matrix in self.matrices.items():
                 grad = self.parameters[name].grad
                 assert grad is not None
@@ -228,11 +283,16 @@ class Loop:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     self.average[name].lerp_(parameter, 1 - decay)
+            spent += time.perf_counter() - started
             if self.step % config.log_every == 0 or self.step == config.steps:
-                self._log(shown, started, first, say)
+                self._log(shown, spent / (self.step - first), say)
                 shown.clear()
-            if self.step % config.save_every == 0 or self.step == config.steps:
+            stops = stopping.is_set()
+            if self.step % config.save_every == 0 or self.step == config.steps or stops:
                 self.save()
+            if stops and self.step < config.steps:
+                say(f"stopped after step {self.step}; the same command goes on from there")
+                raise KeyboardInterrupt
             if on_step is not None:
                 on_step(self.step)
 
@@ -268,9 +328,9 @@ class Loop:
             self.module.train()
             self._put(kept)
 
-    def _log(self, shown: Mapping[str, list[float]], started: float, first: int, say: Callable[[str], None]) -> None:
+    def _log(self, shown: Mapping[str, list[float]], each: float, say: Callable[[str], None]) -> None:
+        """`each`: seconds of a step."""
         figures = {name: sum(values) / len(values) for name, values in shown.items()}
-        each = (time.perf_counter() - started) / (self.step - first)
         left = each * (self.config.steps - self.step)
         text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         say(f"step {self.step}/{self.config.steps}  {text}  {each:.2f} s/step  {left / 60:.0f} min left")
@@ -281,3 +341,24 @@ class Loop:
             if new:
                 writer.writerow(["step", "seconds_per_step", *figures])
             writer.writerow([self.step, round(each, 4), *(round(value, 6) for value in figures.values())])
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """SIGINT or SIGTERM sets the event; a second one raises `KeyboardInterrupt` at once."""
+    stopping = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, TrainingError
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
 
 CONFIG = LoopConfig(steps=12, lr=1e-2, warmup=3, save_every=4, log_every=1)
@@ -206,10 +208,70 @@ loop.run(loss_of, say=lambda _: None)
     assert loop.step in (4, 8, 12)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_that_is_being_made(tmp_path: Path, number: signal.Signals) -> None:
+    module, told = model(), list[str]()
+
+    def loss_of(moment: Moment) -> Loss:
+        if moment.step == 5:
+            os.kill(os.getpid(), number)
+        return F.mse_loss(module(torch.ones(1, 6)), torch.zeros(1, 2)), {}
+
+    before = signal.getsignal(number)
+    loop = Loop(module, CONFIG, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(loss_of, say=told.append)
+    assert "stopped after step 6" in told[-1]
+    assert signal.getsignal(number) == before
+    again = Loop(model(), CONFIG, tmp_path)
+    assert again.resume()
+    assert again.step == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"no checkpoint", "half"], ids=["empty", "text", "cut off"])
+def test_a_damaged_checkpoint_is_told_and_kept(tmp_path: Path, damage: bytes | str) -> None:
+    train(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:200] if isinstance(damage, str) else damage)
+    kept = path.read_bytes()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Loop(model(), CONFIG, tmp_path).resume()
+    assert path.read_bytes() == kept
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    other = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 2))
+    with pytest.raises(ConfigError, match="other parameters"):
+        Loop(other, CONFIG, tmp_path).resume()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["step;loss\n1;2\n", "step,seconds_per_step,loss\nx,1,2\n", "step,seconds_per_step,loss\n1,2\n", "\xff\xfe"],
+)
+def test_foreign_metrics_are_put_aside(tmp_path: Path, text: str) -> None:
+    train(tmp_path)
+    (tmp_path / "metrics.csv").write_bytes(text.encode("latin-1"))
+    loop = Loop(model(), replace(CONFIG, steps=13), tmp_path)
+    assert loop.resume()
+    assert (tmp_path / "metrics.damaged.csv").read_bytes() == text.encode("latin-1")
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("engine.training.loop.save_file", full)
+    with pytest.raises(OSError, match="no space is left") as told:
+        train(tmp_path)
+    assert told.value.errno == errno.ENOSPC
+
+
 def test_the_checkpoint_is_safetensors_and_the_metrics_a_table(tmp_path: Path) -> None:
     train(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "config.json", "metrics.csv"]
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "metrics.csv"]
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
 
@@ -233,5 +295,5 @@ def test_the_average_follows_the_parameters(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
     module = model()
     loop = Loop(module, CONFIG, tmp_path)
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(TrainingError, match="step 0"):
         loop.run(lambda _: (module(torch.ones(1, 6)).sum() * float("nan"), {}), say=lambda _: None)

@@ -23,12 +23,14 @@ from engine.pipeline import EditRequest, KontextEngine
 from engine.training.__main__ import main
 from engine.training.adapter import LowRankAdapter
 from engine.training.autoencoder import normalised, picture_pool
+from engine.training.config import TrainingConfig
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_all, read_pairs
 from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
 from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
 from engine.training.instructions import KINDS
 from engine.training.loop import LoopConfig, Moment
-from engine.training.run import TrainingConfig, read_autoencoder
+from engine.training.place import alone_in
+from engine.training.run import read_autoencoder
 from engine.training.run import train as run
 from engine.transformer import FlowTransformer
 from engine.weights import save_component
@@ -269,6 +271,10 @@ def test_latents_of_drawn_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(one.prompts == other.prompts for one, other in zip(first, second, strict=True))
     rows, columns = first[1].grid
     assert first[1].after.shape[1] == rows * columns
+    kept = tmp_path / "64x64.safetensors"
+    (tmp_path / "half").write_bytes(kept.read_bytes()[:100])
+    (tmp_path / "half").replace(kept)  # not in place: what was read is a view of the file
+    assert torch.equal(drawn_latents(autoencoder, 8, 0, tmp_path)[0].after, first[0].after)
     for parameter in autoencoder.parameters():
         parameter.data += 0.01
     third = drawn_latents(autoencoder, 8, 0, tmp_path)  # another autoencoder
@@ -318,21 +324,45 @@ def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Pa
     [
         ({"kind": "fluxx"}, "kind 'fluxx'"),
         ({"lop": {}}, "unknown lop"),
-        ({"loop": {"steps": 1, "learning": 2}}, "unknown learning"),
-        ({"loop": 3}, "loop is a mapping"),
-        ({"loop": {}}, "steps"),
+        ({"loop": {"steps": 1, "learning": 2}}, "unknown loop.learning; known are accumulate"),
+        ({"loop": 3}, "loop 3"),
+        ({"loop": {}}, "loop.steps is missing"),
+        ({"loop": {"steps": -1}}, "loop.steps -1"),
+        ({"loop": {"steps": 2.5}}, "loop.steps 2.5"),
+        ({"loop": {"steps": 1, "lr": -1}}, "loop.lr -1"),
+        ({"loop": {"steps": 1, "lr": float("nan")}}, "loop.lr 'NaN'"),
+        ({"loop": {"steps": 1, "ema": 1}}, "loop.ema 1"),
+        ({"loop": {"steps": 1, "clip": 0}}, "loop.clip 0"),
+        ({"loop": {"steps": 1, "save_every": 0}}, "loop.save_every 0"),
+        ({"loop": {"steps": 1, "seed": -1}}, "loop.seed -1"),
+        ({"loop": {"steps": 1, "bf16": 3}}, "loop.bf16 3"),
+        ({"pool": 1}, "pool 1"),
+        ({"threads": 0}, "threads 0"),
+        ({"folder": ""}, "folder ''"),
+        ({"export": 3}, "export 3"),
+        ({"pairs": "p.csv"}, "pairs means nothing to kind autoencoder"),
+        ({"kind": "lora", "base": "b", "vae": "v"}, "vae means nothing to kind lora"),
+        ({"kind": "lora", "base": "b", "dtype": "fp16"}, "dtype means nothing to kind lora"),
+        ({"kind": "lora", "base": "b", "targets": "attn.qkv"}, "targets 'attn.qkv'"),
+        ({"kind": "lora", "base": "b", "rank": 0}, "rank 0"),
+        ({"kind": "lora", "base": "b", "size": [64, 64]}, "there is no `pairs`"),
+        ({"kind": "lora", "base": "b", "pairs": "p", "size": [60, 64]}, "size.0 60"),
+        ({"kind": "lora", "base": "b", "pairs": "p", "size": "64x64"}, "size '64x64'"),
+        ({"kind": "lora", "base": "b", "pairs": "p", "pool": 9}, "pool is for drawn pairs"),
+        ({"kind": "flow", "base": "b", "time_mean": float("nan")}, "time_mean 'NaN'"),
+        ({"kind": "flow", "base": "b", "context_dropout": 2}, "context_dropout 2"),
         ({"kind": "lora"}, "needs `base`"),
         ({"kind": "flow"}, "needs `vae`"),
         ({"kind": "flow", "vae": "a", "base": "b"}, "else `base`"),
         ({"freeze_encoder": True}, "needs `vae`"),
         ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"loop": {"steps": 1, "accumulate": 0}}, "accumulate is 0"),
-        ({"batch": 0}, "batch is 0"),
-        ({"shares": ["colour"]}, "no weights of colour"),
-        ({"shares": {"color": 1}}, "no weights of colour"),
-        ({"shares": {"colour": -1}}, "at least 0"),
-        ({"shares": {"colour": "1"}}, "are numbers"),
-        ({"shares": dict.fromkeys(KINDS, 0)}, "one of them more"),
+        ({"loop": {"steps": 1, "accumulate": 0}}, "loop.accumulate 0"),
+        ({"batch": 0}, "batch 0"),
+        ({"kind": "flow", "base": "b", "shares": ["colour"]}, "shares ['colour']"),
+        ({"kind": "flow", "base": "b", "shares": {"color": 1}}, "unknown color; known are colour"),
+        ({"kind": "flow", "base": "b", "shares": {"colour": -1}}, "shares.colour -1"),
+        ({"kind": "flow", "base": "b", "shares": {"colour": "red"}}, "shares.colour 'red'"),
+        ({"kind": "flow", "base": "b", "shares": dict.fromkeys(KINDS, 0)}, "needs more than 0"),
     ],
 )
 def test_a_wrong_config_is_told_by_name(
@@ -341,6 +371,134 @@ def test_a_wrong_config_is_told_by_name(
     good = {"kind": "autoencoder", "folder": str(tmp_path), "loop": {"steps": 1}}
     assert main([str(write(tmp_path / "train.yaml", {**good, **change}))]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_numbers_as_yaml_reads_them_are_taken(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-3 for text."""
+    path = tmp_path / "train.yaml"
+    path.write_text(f"kind: autoencoder\nfolder: {tmp_path}\nloop: {{steps: 1, lr: 1e-3}}\n")
+    assert TrainingConfig.read(path).loop.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(b"kind: [", "not readable"), (b"kind: \xff", "not readable"), (b"- 1", "mapping"), (b"a: 1\na: 2", "twice")],
+)
+def test_a_file_that_is_no_config_is_told(tmp_path: Path, text: bytes, words: str) -> None:
+    (tmp_path / "train.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=words):
+        TrainingConfig.read(tmp_path / "train.yaml")
+
+
+def lora(tmp_path: Path, **changes: Any) -> TrainingConfig:
+    """A training of no step."""
+    values = {
+        "kind": "lora",
+        "folder": tmp_path / "run",
+        "base": CASE / "model",
+        "pairs": pairs_table(tmp_path),
+        "size": [32, 32],
+        "rank": 2,
+        "loop": {"steps": 0},
+        "export": tmp_path / "adapter.safetensors",
+    }
+    return TrainingConfig.from_dict({**values, **changes})
+
+
+def test_the_place_of_the_export_is_looked_at_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    folder = {"rank": None, "kind": "finetune"}
+    for changes, words in (
+        ({"export": tmp_path / "mine"}, "is a folder"),
+        ({"export": tmp_path / "file"}, "is there already"),
+        ({"export": tmp_path / "file" / "x"}, "cannot be written"),
+        ({"export": tmp_path / "mine", **folder}, "is there already"),
+        ({"export": CASE / "model", **folder}, "would overwrite base"),
+        ({"export": CASE / "model" / "transformer", **folder}, "would overwrite base"),
+        ({"export": CASE, **folder}, "would overwrite base"),
+        ({"export": tmp_path / "run", **folder}, "where the training itself lies"),
+        ({"folder": tmp_path / "file"}, "cannot be used"),
+        ({"device": "banana"}, "device 'banana' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
+    ):
+        values = {name: value for name, value in changes.items() if value is not None}
+        with pytest.raises(ConfigError, match=words):
+            run(lora(tmp_path, **values) if "kind" not in values else finetune(tmp_path, values), say=lambda _: None)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def finetune(tmp_path: Path, values: dict[str, Any]) -> TrainingConfig:
+    base = {"folder": tmp_path / "run", "base": CASE / "model", "pairs": pairs_table(tmp_path), "size": [32, 32]}
+    return TrainingConfig.from_dict({**base, "loop": {"steps": 0}, **values})
+
+
+def test_its_own_export_is_written_again(tmp_path: Path) -> None:
+    for kind in ("lora", "finetune"):
+        export = tmp_path / f"{kind}-result"
+        config = (
+            lora(tmp_path, export=export, folder=tmp_path / kind)
+            if kind == "lora"
+            else finetune(tmp_path, {"kind": kind, "export": export, "folder": tmp_path / kind})
+        )
+        for _ in range(2):
+            run(config, say=lambda _: None)
+        assert export.exists()
+        assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_training_goes_on_as_itself_alone(tmp_path: Path) -> None:
+    told: list[str] = []
+    run(lora(tmp_path), say=told.append)
+    config = lora(tmp_path, loop={"steps": 1, "log_every": 1}, batch=2)
+    run(config, say=told.append)
+    told.clear()
+    run(lora(tmp_path, loop={"steps": 2, "lr": 0.01}, batch=3), say=told.append)
+    assert told[:3] == [
+        "goes on with batch 3 instead of 2",
+        "goes on with loop.log_every 25 instead of 1",
+        "goes on with loop.lr 0.01 instead of 0.001",
+    ]
+    for changes in ({"rank": 3}, {"targets": ["attn.qkv"]}):
+        with pytest.raises(ConfigError, match=f"begun with {next(iter(changes))}"):
+            run(lora(tmp_path, **changes), say=told.append)
+
+
+def test_two_trainings_keep_out_of_one_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"), pytest.raises(ConfigError, match="another training is running"):
+        run(lora(tmp_path), say=lambda _: None)
+    run(lora(tmp_path), say=lambda _: None)
+
+
+def test_pictures_are_laid_on_white_and_deep_ones_refused(tmp_path: Path) -> None:
+    table = pairs_table(tmp_path)
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    clear.save(tmp_path / "after0.png")
+    assert (read_pairs(table, 32, 32).after[0] == 255).all()
+    Image.new("I;16", (64, 64), 300).save(tmp_path / "after0.png")
+    with pytest.raises(ConfigError, match="more than 8 bits"):
+        read_pairs(table, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("before;after;instruction\na;b;c\n", "with commas between; found: before;after;instruction"),
+        ("before,after,after,instruction\n", "two columns after"),
+        ("before,after,instruction\na.png,b.png,make it red, and blue\n", "line 2: 4 cells for 3 columns"),
+        ("before,after,instruction\na.png\n", "line 2: 1 cells"),
+        ('before,after,instruction\n\n"a\nb.png",,go\n', "line 4: `after` is empty"),
+        ("before,after,instruction\n,b.png,M\xfcll\n", "no UTF-8"),
+        ('before,after,instruction\n,b.png,"open\n', "unexpected end"),
+    ],
+)
+def test_tables_that_would_lose_something_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "pairs.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=words):
+        read_pairs(tmp_path / "pairs.csv", 32, 32)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_pairs(tmp_path / "none.csv", 32, 32)
 
 
 def test_tables_that_cannot_be_used_are_told_by_line(tmp_path: Path) -> None:
