@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from kontext_batch.planning.plan import Axes, InstanceId, Plan
+from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
 
 # --------------------------------------------------------------------------------------------------- objects
@@ -427,12 +428,15 @@ class Repository(Protocol):
 
     # ---- runs
 
-    def create_run(self, run: NewRun, plan: Plan) -> int:
+    def create_run(self, run: NewRun, plan: Plan, *, fire: tuple[int, int] | None = None) -> int:
         """Store run, steps, edges, run_steps and deliveries in one transaction; returns the run's id.
 
         A key that is known and live or done makes no new row (this run may become its account); one that is failed,
         skipped, cancelled, quarantined, or done without its artifact goes back to blocked or ready, with attempts and
         losses at 0.
+
+        `fire`: (id, token) of the time of a schedule that this run is of; noted in the same transaction, so that a time
+        has one run. Raises `LeaseLost` when its claim has moved on.
         """
         ...
 
@@ -472,6 +476,40 @@ class Repository(Protocol):
 
     def run_steps(self, run_id: int, *, states: Iterable[StepState] | None = None) -> Sequence[StepRow]:
         """Instances of the run, in plan order."""
+        ...
+
+    # ---- schedules
+
+    def add_schedule(self, new: Schedule) -> None:
+        """Times count from now on. Raises `SettingsError` when there is one of that name."""
+        ...
+
+    def schedules(self) -> Sequence[StoredSchedule]:
+        """By name."""
+        ...
+
+    def pause_schedule(self, name: str, *, paused: bool) -> bool:
+        """Says whether that changed anything; times that go by meanwhile are not made up for."""
+        ...
+
+    def remove_schedule(self, name: str) -> None:
+        """Raises `ObjectNotFound`."""
+        ...
+
+    def fires(self, name: str, *, limit: int = 20) -> Sequence[FireRow]:
+        """What became of the schedule's times, newest first."""
+        ...
+
+    def claim_fires(self, *, seconds: float) -> Sequence[ClaimedFire]:
+        """The times that have come, oldest first, and those that another process claimed and lost `seconds` ago."""
+        ...
+
+    def settle_fire(self, fire_id: int, token: int, state: str, reason: str) -> bool:
+        """That a claimed time gets no run: `skipped` or `refused`, and why. False when the claim has moved on."""
+        ...
+
+    def scheduled_runs(self) -> Sequence[ScheduledRun]:
+        """Open runs that schedules have started, oldest first."""
         ...
 
     # ---- workers

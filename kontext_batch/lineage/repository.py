@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import claim, commit, deliveries, garbage, moving, queries, runs, submit
+from kontext_batch.lineage import claim, commit, deliveries, garbage, moving, queries, runs, schedules, submit
 from kontext_batch.lineage.engine import Transactions, open_database
 from kontext_batch.lineage.verify import Violation, verify
 from kontext_batch.planning.plan import InstanceId, Plan
+from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import (
     Artifact,
@@ -68,8 +69,8 @@ class SqlRepository:
 
     # ---- runs
 
-    def create_run(self, run: NewRun, plan: Plan) -> int:
-        return self._db.write(submit.create_run, run, plan)
+    def create_run(self, run: NewRun, plan: Plan, *, fire: tuple[int, int] | None = None) -> int:
+        return self._db.write(submit.create_run, run, plan, fire)
 
     def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None) -> int:
         return self._db.write(runs.retry_run, run_id, keys=None if keys is None else list(keys))
@@ -100,6 +101,32 @@ class SqlRepository:
 
     def run_steps(self, run_id: int, *, states: Iterable[StepState] | None = None) -> Sequence[StepRow]:
         return self._db.read(queries.run_steps, run_id, states=states)
+
+    # ---- schedules
+
+    def add_schedule(self, new: Schedule) -> None:
+        self._db.write(schedules.add_schedule, new)
+
+    def schedules(self) -> Sequence[StoredSchedule]:
+        return self._db.read(schedules.schedules)
+
+    def pause_schedule(self, name: str, *, paused: bool) -> bool:
+        return self._db.write(schedules.pause_schedule, name, paused=paused)
+
+    def remove_schedule(self, name: str) -> None:
+        self._db.write(schedules.remove_schedule, name)
+
+    def fires(self, name: str, *, limit: int = 20) -> Sequence[FireRow]:
+        return self._db.read(schedules.fires, name, limit=limit)
+
+    def claim_fires(self, *, seconds: float) -> Sequence[ClaimedFire]:
+        return self._db.write(schedules.claim_fires, seconds=seconds)
+
+    def settle_fire(self, fire_id: int, token: int, state: str, reason: str) -> bool:
+        return self._db.write(schedules.settle_fire, fire_id, token, state, reason)
+
+    def scheduled_runs(self) -> Sequence[ScheduledRun]:
+        return self._db.read(schedules.scheduled_runs)
 
     # ---- workers
 

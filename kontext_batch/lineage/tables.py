@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage.sql import AxesText, UtcTime, in_state
 from kontext_batch.planning.states import LIVE, StepState
 
-REVISION = "0002"
+REVISION = "0003"
 """The migration that makes these tables."""
 
 metadata = sa.MetaData(
@@ -285,3 +285,43 @@ models = sa.Table(
     sa.Column("layout", sa.Text, nullable=False),
     sa.Column("licence", sa.Text, nullable=False),
 )
+
+schedules = sa.Table(
+    "schedules",
+    metadata,
+    _id(),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("recipe", sa.Text, nullable=False),  # its URI
+    sa.Column("cron", sa.Text, nullable=False),
+    sa.Column("tz", sa.Text, nullable=False),
+    sa.Column("catch_up", sa.Text, nullable=False),  # planning.schedules.CatchUp
+    sa.Column("overlap", sa.Text, nullable=False),  # planning.schedules.Overlap
+    sa.Column("stop_at", sa.Text),  # HH:MM of the zone
+    sa.Column("only_changed", sa.Boolean, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("paused", sa.Boolean, nullable=False),
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("considered", UtcTime, nullable=False),  # its times up to here have their rows in `fires`
+    sa.Column("removed", UtcTime),  # the row stays for the fires that name it
+)
+_kept = schedules.c.removed.is_(None)
+sa.Index("uq_schedules_name", schedules.c.name, unique=True, sqlite_where=_kept, postgresql_where=_kept)
+
+fires = sa.Table(
+    "fires",
+    metadata,
+    _id(),
+    _ref("schedule_id", "schedules.id"),
+    sa.Column("fire_at", UtcTime, nullable=False),
+    # claimed (somebody plans it), run, skipped, missed, refused; `reason` says why there is no run
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("token", sa.Integer, nullable=False),  # grows with each claim: the fence
+    sa.Column("claimed_until", UtcTime),
+    _ref("run_id", "runs.id", nullable=True),
+    sa.Column("reason", sa.Text),
+    sa.Column("decided", UtcTime),
+    sa.UniqueConstraint("schedule_id", "fire_at"),
+    sa.Index(None, "run_id"),
+)
+_claimed = fires.c.state == sa.literal_column("'claimed'")
+sa.Index("ix_fires_claimed", fires.c.claimed_until, sqlite_where=_claimed, postgresql_where=_claimed)

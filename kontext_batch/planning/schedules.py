@@ -41,6 +41,66 @@ class Overlap(StrEnum):
     """The run before is cancelled; what it has finished is kept."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What is run when."""
+
+    name: str
+    recipe: str
+    """Its URI."""
+    cron: str
+    tz: str = "UTC"
+    catch_up: CatchUp = CatchUp.LAST
+    overlap: Overlap = Overlap.SKIP
+    stop_at: str | None = None
+    """HH:MM of the zone at which the run is stopped; what it has finished is kept."""
+    only_changed: bool = False
+    """Start no run when every step is done and every output is where it shall be."""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSchedule(Schedule):
+    """A schedule of the database."""
+
+    id: int
+    paused: bool
+    created: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedFire:
+    """A time that this process acts on; what comes of it is fenced by `token`."""
+
+    id: int
+    token: int
+    at: datetime
+    schedule: StoredSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class FireRow:
+    """What became of a time of a schedule."""
+
+    at: datetime
+    state: str
+    """`claimed` (being planned), `run`, `skipped`, `missed`, `refused`."""
+    run_id: int | None
+    reason: str | None
+    """Why there is no run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRun:
+    """An open run that a schedule has started."""
+
+    run_id: int
+    schedule_id: int
+    started: datetime
+    stop_at: str | None
+    tz: str
+
+
 @dataclass(frozen=True, slots=True)
 class Fire:
     """One time of a schedule, and whether it is to be acted on."""
