@@ -159,13 +159,20 @@ def started_by(conn: sa.Connection, fire_id: int, token: int, run_id: int) -> bo
 def scheduled_runs(conn: sa.Connection) -> list[ScheduledRun]:
     """Open runs that schedules have started, oldest first."""
     rows = conn.execute(
-        sa.select(RUNS.id, RUNS.created, SCHEDULES.id.label("schedule"), SCHEDULES.stop_at, SCHEDULES.tz)
+        sa.select(
+            RUNS.id,
+            RUNS.created,
+            SCHEDULES.id.label("schedule"),
+            SCHEDULES.stop_at,
+            SCHEDULES.tz,
+            sa.type_coerce(now(), UtcTime()).label("now"),
+        )
         .join(t.fires, FIRES.run_id == RUNS.id)
         .join(t.schedules, SCHEDULES.id == FIRES.schedule_id)
         .where(open_run())
         .order_by(RUNS.id)
     )
-    return [ScheduledRun(row.id, row.schedule, row.created, row.stop_at, row.tz) for row in rows]
+    return [ScheduledRun(row.id, row.schedule, row.created, row.stop_at, row.tz, row.now) for row in rows]
 
 
 def _require(conn: sa.Connection, name: str) -> None:

@@ -99,6 +99,8 @@ class ScheduledRun:
     started: datetime
     stop_at: str | None
     tz: str
+    now: datetime
+    """By the clock that `started` is of."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,8 +184,12 @@ def submit(
     *,
     trigger: str,
     priority: int = 0,
+    fire: tuple[int, int] | None = None,
 ) -> int:
-    """Store the run and ring the workers; returns the run's id. Raises `PlanRefused` with everything against it."""
+    """Store the run and ring the workers; returns the run's id. Raises `PlanRefused` with everything against it.
+
+    `fire`: as of `Repository.create_run`.
+    """
     if prepared.refusals:
         raise PlanRefused(prepared.refusals)
     plan = prepared.plan
@@ -200,7 +204,7 @@ def submit(
         selection={"only": {k: list(v) for k, v in prepared.selection.only.items()}, "limit": prepared.selection.limit},
         budget=dict(plan.budget),
     )
-    run_id = repository.create_run(run, plan)
+    run_id = repository.create_run(run, plan, fire=fire)
     lanes: dict[str, int] = {}
     for step in plan.steps:
         lanes[step.lane] = lanes.get(step.lane, 0) + 1
