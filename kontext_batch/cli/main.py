@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kontext_batch.cli import models, output, plan, recipes, run, runs, steps, workspace
+from kontext_batch.cli import models, output, plan, recipes, run, runs, schedules, steps, workspace
 from kontext_batch.errors import (
     AuthorError,
     KontextBatchError,
@@ -67,7 +67,16 @@ for command in (
     workspace.gc,
 ):
     app.command()(command)
-for noun in (runs.app, steps.app, recipes.app, models.app, models.adapters, workspace.workers, workspace.db):
+for noun in (
+    runs.app,
+    steps.app,
+    recipes.app,
+    schedules.app,
+    models.app,
+    models.adapters,
+    workspace.workers,
+    workspace.db,
+):
     app.add_typer(noun)
 
 

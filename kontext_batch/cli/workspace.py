@@ -1,4 +1,4 @@
-"""Care for a workspace: `doctor`, `gc`, `db upgrade|check` and `workers start`."""
+"""Care for a workspace: `doctor`, `gc`, `db upgrade|check` and `workers start|beat`."""
 
 from __future__ import annotations
 
@@ -118,6 +118,44 @@ def start(workspace: common.WorkspaceOption = None) -> None:
                 worker.stopping = stopping
                 worker.serve(covers)
     output.tell("stopped; what was in flight is given back")
+
+
+@workers.command()
+def beat(
+    workspace: common.WorkspaceOption = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+) -> None:
+    """Fire schedules, stop their runs when they say so, and return what lost workers held, until stopped.
+
+    Several may run at once: each time of a schedule becomes one run.
+
+    Example: kontext-batch workers beat --workspace kontext-out
+    """
+    import threading
+    from contextlib import ExitStack
+
+    from kontext_batch.errors import InfrastructureError
+    from kontext_batch.services.maintain import reconcile
+    from kontext_batch.services.prepare import Planner
+    from kontext_batch.services.schedules import Scheduler
+
+    stopping = threading.Event()
+    output.tell("beating; Ctrl-C stops")
+    with stopped_by_signals(stopping), common.opened(workspace) as application:
+        while not stopping.is_set():
+            with ExitStack() as opened:
+
+                def planner(uri: str, opened: ExitStack = opened) -> Planner:
+                    return opened.enter_context(common.opened(workspace, source=uri)).planner()
+
+                try:
+                    reconcile(application.repository)
+                    for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
+                        output.tell(f"run {run_id}")
+                except InfrastructureError as error:  # a database that is restarted comes back
+                    output.tell(f"{error}; trying again")
+            stopping.wait(every)
+    output.tell("stopped")
 
 
 def _url(workspace: Path | None) -> str:

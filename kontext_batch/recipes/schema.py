@@ -398,7 +398,13 @@ class Schedule(Model):
     cron: Str
     tz: Str = "UTC"
     stop_at: Annotated[str, Field(strict=True, pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")] | None = None
-    """Local time at which no more work is begun."""
+    """Local time at which the run is stopped; what it has finished is kept."""
+    catch_up: Literal["last", "all", "none"] = "last"
+    """What becomes of times at which nothing was there to fire."""
+    overlap: Literal["skip", "queue", "cancel"] = "skip"
+    """What becomes of a time at which the run before is still open."""
+    only: Literal["changed"] | None = None
+    """No run when every step is done already."""
 
     @field_validator("cron")
     @classmethod
