@@ -114,6 +114,12 @@ class Application:
             },
             adapters={name: AdapterInfo(name, entry.sha256) for name, entry in self.registry.adapters.items()},
             filtered_models=frozenset(name for name, entry in entries.items() if entry.requires_filter),
+            unlike={
+                (kind, name): str(entry.path)
+                for kind, known in (("model", entries), ("adapter", self.registry.adapters))
+                for name, entry in known.items()
+                if not entry.as_registered()
+            },
             has_filter=self.content_filter is not None,
             writable=self.writable,
             kept_prefixes=(

@@ -26,6 +26,10 @@ class _Entry(BaseModel):
     signature: str
     """Of names, sizes and times of the files when they were hashed: another one means that they changed."""
 
+    def as_registered(self) -> bool:
+        """Whether the files are those that were hashed; without a signature nobody knows, and yes is said."""
+        return not self.signature or signature(self.path) == self.signature
+
 
 class ModelEntry(_Entry):
     """A model folder."""

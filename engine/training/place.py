@@ -97,11 +97,20 @@ def export(config: TrainingConfig, write: Callable[[Path], None], say: Callable[
     if part.is_dir():  # of a run that was killed here
         shutil.rmtree(part)
     write(part)
+    _let_others_read(part)
     if config.export.is_dir():
         shutil.rmtree(config.export)
     os.replace(part, config.export)
     (config.folder / EXPORTED).write_text(str(config.export.resolve()), encoding="utf-8")
     say(f"wrote {config.export}")
+
+
+def _let_others_read(place: Path) -> None:
+    """As any new file is made: safetensors makes its own for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [place] if place.is_file() else [each for each in place.rglob("*") if each.is_file()]:
+        file.chmod(0o666 & ~umask)
 
 
 def _exported(folder: Path) -> str | None:

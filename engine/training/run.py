@@ -91,6 +91,8 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
     elif config.kind == "lora":
         trained = LowRankAdapter(module.flow, config.rank, config.targets)
     parts = _data(config, autoencoder)
+    sizes = ", ".join(f"{16 * part.grid[1]}x{16 * part.grid[0]}" for part in parts[:3]) + (", ..." if parts[3:] else "")
+    say(f"{sum(len(part.prompts) for part in parts)} pairs of {sizes} on {device}")
     text = module.text
     if config.pairs is not None and any(text.count_tokens(each) > text.text_length for each in parts[0].prompts):
         say(f"some instructions are longer than the {text.text_length} tokens that the model reads: their ends are cut")
@@ -123,6 +125,8 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
     )
     if isinstance(trained, LowRankAdapter):
         export(config, trained.save, say)
+        if config.export is not None:
+            say(f"recipes may use it after `kontext-batch adapters add NAME {config.export}`, each time that it is new")
     else:
         export(config, lambda place: module.cpu().export(place, autoencoder.cpu(), DTYPES[config.dtype]), say)
 

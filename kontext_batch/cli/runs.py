@@ -44,7 +44,8 @@ def status(
     output.say(f"steps: {_steps(summary)}; {summary.cached} were cached")
     failed = f", {summary.failed_deliveries} failed" if summary.failed_deliveries else ""
     output.say(f"{outputs_text(summary)}{failed}")
-    output.say(f"created {summary.created:%Y-%m-%d %H:%M}" + _finished(summary))
+    urgent = f", priority {summary.priority}" if summary.priority else ""
+    output.say(f"created {summary.created:%Y-%m-%d %H:%M}{urgent}" + _finished(summary))
 
 
 @app.command("list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from kontext_batch.errors import NotAllowed, PlanRefused
@@ -56,6 +56,8 @@ class Planner:
     adapters: Mapping[str, AdapterInfo]
     filtered_models: frozenset[str]
     """Models whose licence requires a content filter."""
+    unlike: Mapping[tuple[str, str], str]
+    """("model" or "adapter", name) of those whose files are not the ones that were registered -> their path."""
     has_filter: bool
     writable: tuple[str, ...]
     """Prefixes that recipes may deliver to."""
@@ -143,8 +145,20 @@ class Planner:
             protected=protected,
             kept_prefixes=self.kept_prefixes,
         )
-        refusals = (*faults, *budget_reasons(plan, done=done), *self._unfiltered(plan))
+        refusals = (*faults, *budget_reasons(plan, done=done), *self._unfiltered(plan), *self._changed(plan, done))
         return Prepared(plan, explained, refusals, source, text, selection)
+
+    def _changed(self, plan: Plan, done: Set[str]) -> Iterator[str]:
+        """Weights that are not those of the keys: other pictures would be kept, and explained, as theirs."""
+        running = [step.params for step in plan.steps if step.operation in SAMPLING and step.key not in done]
+        used = {("model", str(params["model"])) for params in running}
+        used |= {("adapter", str(each["name"])) for params in running for each in params["adapters"]}
+        for kind, name in sorted(used & self.unlike.keys()):
+            path = self.unlike[kind, name]
+            yield (
+                f"the files of {kind} '{name}' are not those that were registered; "
+                f"`kontext-batch {kind}s add {name} {path}` takes them as they are"
+            )
 
     def _unfiltered(self, plan: Plan) -> tuple[str, ...]:
         if self.has_filter:

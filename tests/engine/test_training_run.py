@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -435,6 +436,8 @@ def finetune(tmp_path: Path, values: dict[str, Any]) -> TrainingConfig:
 
 
 def test_its_own_export_is_written_again(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
     for kind in ("lora", "finetune"):
         export = tmp_path / f"{kind}-result"
         config = (
@@ -444,7 +447,8 @@ def test_its_own_export_is_written_again(tmp_path: Path) -> None:
         )
         for _ in range(2):
             run(config, say=lambda _: None)
-        assert export.exists()
+        written = export if export.is_file() else export / "transformer" / "diffusion_pytorch_model.safetensors"
+        assert written.stat().st_mode & 0o044 == 0o044 & ~umask  # others may read it
         assert not list(tmp_path.glob(".*.part"))
 
 

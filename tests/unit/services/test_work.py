@@ -21,8 +21,10 @@ from kontext_batch.errors import (
     StorageFull,
     StorageReadOnly,
 )
+from kontext_batch.hashing import sha256_hex
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import EditJob, PendingDelivery, WorkerInfo
+from kontext_batch.registry import AdapterEntry, signature
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
 from kontext_batch.services.maintain import collect_garbage, gone_workers
 from kontext_batch.services.prepare import Selection
@@ -315,3 +317,28 @@ def test_a_finished_run_leaves_no_more_than_the_size_limit(studio: Studio) -> No
     left = [each.stat().st_size for each in Path(studio.app.workspace, "objects").rglob("*.*")]
     assert 0 < sum(left) <= 3000
     assert len(studio.outputs()) == 4
+
+
+def test_weights_that_changed_since_they_were_registered_are_refused(studio: Studio) -> None:
+    """They would make other pictures under the keys of the registered ones."""
+    file = studio.folder / "look.safetensors"
+    file.write_bytes(b"one")
+    body = studio.recipe.read_text().replace("model: toy", "model: toy\n    adapters: [{name: look}]", 1)
+    studio.recipe.write_text(body)
+
+    def register() -> None:
+        entry = AdapterEntry(path=file, sha256=sha256_hex(file.read_bytes()), signature=signature(file))
+        studio.app.registry = studio.app.registry.with_adapter("look", entry)
+
+    register()
+    assert studio.worker().run_until_done(studio.submit()).state is RunState.DONE
+    file.write_bytes(b"another")
+    assert studio.prepare().refusals == ()  # all is done: no weights are needed
+    studio.recipe.write_text(body.replace("Remove the background", "Take the background away"))
+    (reason,) = studio.prepare().refusals
+    assert "adapter 'look' are not those that were registered" in reason
+    assert f"adapters add look {file}" in reason
+    with pytest.raises(PlanRefused):
+        studio.submit()
+    register()
+    assert studio.prepare().refusals == ()
