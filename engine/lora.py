@@ -211,9 +211,7 @@ def _hook(module: nn.Module, change: Change, scale: float) -> RemovableHandle:
 
 def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:
     """Read an adapter file and translate it for the model made of `parts`; raises `AdapterError`."""
-    path = _adapter_file(path)
-    tensors, metadata = _read(path)
-    _refuse_kinds(path, tensors)
+    path, tensors, metadata = _of_a_kind_that_is_read(path)
     family = detect_family(tensors)
     groups, ignored = _without_repeats(_grouped(path, tensors))
     settings = _peft_settings(path, metadata)
@@ -246,6 +244,13 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:
     return Adapter(path=path, family=family, changes=tuple(changes), ignored=tuple(ignored))
 
 
+def check_adapter(path: Path) -> None:
+    """Whether the file holds a LoRA of a kind that is read, be it of any model; raises `AdapterError`."""
+    path, tensors, _ = _of_a_kind_that_is_read(path)
+    if not any(group.keys() & {"down", "diff", "diff_b"} for group in _grouped(path, tensors).values()):
+        raise AdapterError(f"{path}: no LoRA is in this file")
+
+
 def detect_family(tensors: Iterable[str]) -> str:
     """The layout of a file with these names; the order is that of diffusers."""
     names = list(tensors)
@@ -261,6 +266,14 @@ def detect_family(tensors: Iterable[str]) -> str:
 
 
 # Reading
+
+
+def _of_a_kind_that_is_read(path: Path) -> tuple[Path, dict[str, Tensor], Mapping[str, str]]:
+    """The file, its tensors and its metadata."""
+    path = _adapter_file(path)
+    tensors, metadata = _read(path)
+    _refuse_kinds(path, tensors)
+    return path, tensors, metadata
 
 
 def _adapter_file(path: Path) -> Path:

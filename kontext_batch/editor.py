@@ -93,9 +93,15 @@ def train_model(config: Path, *, say: Callable[[str], None]) -> None:
 
 
 def hash_adapter(path: Path) -> str:
-    """sha256 that stands for an adapter file."""
+    """sha256 that stands for an adapter file. Raises `SettingsError` when it is none."""
+    from engine.errors import EngineError
+    from engine.lora import check_adapter
     from engine.weights import fingerprint
 
+    try:
+        check_adapter(path)
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
     return fingerprint(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -84,6 +84,14 @@ class Registry(BaseModel):
     def with_adapter(self, name: str, entry: AdapterEntry) -> Registry:
         """As `with_model`."""
         return self._checked({"models": self.models, "adapters": {**self.adapters, name: entry}})
+
+    def without(self, kind: Literal["models", "adapters"], name: str) -> Registry:
+        """Raises `SettingsError` when there is none of that name."""
+        known = getattr(self, kind)
+        if name not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise SettingsError(f"{kind.removesuffix('s')} '{name}' is not registered; registered: {listed}")
+        return self.model_copy(update={kind: {each: entry for each, entry in known.items() if each != name}})
 
     @classmethod
     def _checked(cls, values: Mapping[str, object]) -> Registry:

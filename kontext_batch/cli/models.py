@@ -1,4 +1,4 @@
-"""`models list|add|verify|convert|train` and `adapters list|add`: the weights that recipes may name."""
+"""`models list|add|remove|verify|convert|train` and `adapters list|add|remove`: the weights that recipes may name."""
 
 from __future__ import annotations
 
@@ -127,6 +127,21 @@ def train(
     editor.train_model(config, say=output.tell)
 
 
+@app.command()
+def remove(name: NameArgument) -> None:
+    """Take a model out of the registry; its files, and what was made with it, stay.
+
+    Example: kontext-batch models remove kontext-old
+    """
+    from kontext_batch.registry import SHIPPED
+
+    if name == SHIPPED:
+        raise SettingsError(f"model '{SHIPPED}' comes with the package")
+    settings, registry = _registry()
+    registry.without("models", name).write(settings.models_file)
+    output.say(f"model {name} is no longer registered")
+
+
 @adapters.command("list")
 def list_adapters(as_json: common.JsonOption = False) -> None:
     """Registered adapters.
@@ -145,7 +160,7 @@ def list_adapters(as_json: common.JsonOption = False) -> None:
 
 @adapters.command("add")
 def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption = "") -> None:
-    """Hash the LoRA file at PATH (safetensors) and register it as NAME.
+    """Check and hash the LoRA file at PATH (safetensors) and register it as NAME.
 
     Example: kontext-batch adapters add brand-look looks/brand.safetensors
     """
@@ -160,6 +175,17 @@ def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption =
     entry = AdapterEntry(path=file, sha256=sha256, signature=signature(file), licence=licence)
     registry.with_adapter(name, entry).write(settings.models_file)
     output.say(f"adapter {name}: sha256 {sha256[:12]}")
+
+
+@adapters.command("remove")
+def remove_adapter(name: NameArgument) -> None:
+    """Take an adapter out of the registry; its file, and what was made with it, stay.
+
+    Example: kontext-batch adapters remove brand-look
+    """
+    settings, registry = _registry()
+    registry.without("adapters", name).write(settings.models_file)
+    output.say(f"adapter {name} is no longer registered")
 
 
 def native_size(area: int) -> str:
