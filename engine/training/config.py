@@ -21,7 +21,6 @@ from engine.training.instructions import SHARES
 from engine.training.loop import LoopConfig
 
 FLOWS = ("flow", "finetune", "lora")
-KINDS = ("autoencoder", *FLOWS)
 ONLY_OF: dict[str, tuple[str, ...]] = {
     "base": FLOWS,
     "vae": ("autoencoder", "flow"),

@@ -133,7 +133,7 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
 
 def _device(name: str) -> torch.device:
     """Raises `ConfigError` for a device that is not here, or that cannot compute."""
-    try:
+    try:  # torch says AssertionError where it was built without CUDA, RuntimeError for a name that it does not know
         device = choose_device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from kontext_batch.cli.run import outputs_text, report, shown_uri, submitted, un
 from kontext_batch.errors import SettingsError
 
 if TYPE_CHECKING:
-    from kontext_batch.ports import RunSummary, StepRow
+    from kontext_batch.ports import Repository, RunSummary, StepRow
     from kontext_batch.services.prepare import Prepared
 
 app = typer.Typer(name="runs", help="Runs of a workspace.", no_args_is_help=True, rich_markup_mode=None)
@@ -185,11 +186,8 @@ def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
 
     Example: kontext-batch runs cancel 12
     """
-    from kontext_batch.services.questions import open_run
-
-    with common.opened(workspace) as application:
-        number = open_run(application.repository, run).id
-        count = application.repository.cancel_run(number)
+    with _open_run(run, workspace) as (repository, number):
+        count = repository.cancel_run(number)
     output.say(f"run {number} is cancelled; {count} steps will not be computed")
 
 
@@ -199,11 +197,8 @@ def pause(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
 
     Example: kontext-batch runs pause 12
     """
-    from kontext_batch.services.questions import open_run
-
-    with common.opened(workspace) as application:
-        number = open_run(application.repository, run).id
-        paused = application.repository.pause_run(number)
+    with _open_run(run, workspace) as (repository, number):
+        paused = repository.pause_run(number)
     output.say(f"run {number} is paused" if paused else f"run {number} is paused already")
 
 
@@ -213,11 +208,8 @@ def resume(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
 
     Example: kontext-batch runs resume 12
     """
-    from kontext_batch.services.questions import open_run
-
-    with common.opened(workspace) as application:
-        number = open_run(application.repository, run).id
-        resumed = application.repository.resume_run(number)
+    with _open_run(run, workspace) as (repository, number):
+        resumed = repository.resume_run(number)
     output.say(f"run {number} goes on" if resumed else f"run {number} is not paused")
 
 
@@ -231,12 +223,18 @@ def prioritize(
 
     Example: kontext-batch runs prioritize 12 5
     """
+    with _open_run(run, workspace) as (repository, number):
+        repository.prioritize_run(number, priority)
+    output.say(f"run {number} has priority {priority}")
+
+
+@contextmanager
+def _open_run(run: str, workspace: Path | None) -> Iterator[tuple[Repository, int]]:
+    """The repository, and the number of an unfinished run of it."""
     from kontext_batch.services.questions import open_run
 
     with common.opened(workspace) as application:
-        number = open_run(application.repository, run).id
-        application.repository.prioritize_run(number, priority)
-    output.say(f"run {number} has priority {priority}")
+        yield application.repository, open_run(application.repository, run).id
 
 
 def _check_beside(workspace: Path, summary: RunSummary) -> None:

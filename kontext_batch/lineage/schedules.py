@@ -90,7 +90,7 @@ def fires(conn: sa.Connection, name: str, *, limit: int) -> list[FireRow]:
 def claim_fires(conn: sa.Connection, *, seconds: float) -> list[ClaimedFire]:
     """The times that have come, and those whose beat was lost over them, oldest first."""
     moment: datetime = conn.execute(sa.select(sa.type_coerce(now(), UtcTime()))).scalar_one()
-    _note_times(conn, moment, seconds)
+    _note_times(conn, moment)
     lost = sa.select(FIRES.id).where(FIRES.state == "claimed", FIRES.claimed_until <= now())
     if conn.dialect.name == "postgresql":
         lost = lost.with_for_update(skip_locked=True)
@@ -109,7 +109,7 @@ def claim_fires(conn: sa.Connection, *, seconds: float) -> list[ClaimedFire]:
     return [ClaimedFire(row.fire, row.token, row.fire_at, _row(row)) for row in rows]
 
 
-def _note_times(conn: sa.Connection, moment: datetime, seconds: float) -> None:
+def _note_times(conn: sa.Connection, moment: datetime) -> None:
     """A row for each time that has come since the last look: to be claimed at once, or missed."""
     waiting = sa.select(t.schedules).where(KEPT, sa.not_(SCHEDULES.paused), SCHEDULES.considered < moment)
     for row in conn.execute(waiting.with_for_update(skip_locked=True)).all():
