@@ -33,6 +33,7 @@ ONLY_OF: dict[str, tuple[str, ...]] = {
     "preview_every": FLOWS,
     "device": FLOWS,
     "dtype": ("flow", "finetune"),
+    "deepen": ("flow",),
     "rank": ("lora",),
     "targets": ("lora",),
 }
@@ -67,6 +68,8 @@ class TrainingConfig:
     """Width and height of the pairs of a table; left out, the model's size nearest to square."""
     base: Place | None = None
     """The model to fine-tune or to go on from, in either layout."""
+    deepen: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Single blocks that are added to `base`. They start as the identity, so nothing that it can do is lost."""
     vae: Place | None = None
     """Folder of a trained autoencoder, for a `flow` from nothing; for `autoencoder`, the one to go on from."""
     freeze_encoder: bool = False
@@ -126,6 +129,8 @@ class TrainingConfig:
             return f"{self.kind} needs `base`, the model to start from"
         if self.kind == "flow" and (self.vae is None) == (self.base is None):
             return "flow needs `vae`, the folder of a trained autoencoder, or else `base`, a model to go on from"
+        if self.deepen and self.base is None:
+            return "deepen needs `base`, the model that it makes deeper"
         if self.freeze_encoder and self.vae is None:
             return "freeze_encoder needs `vae`, the autoencoder whose encoder stays"
         if self.pairs is not None and (drawn := sorted(given & {"pool", "shares"})):

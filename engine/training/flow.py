@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,13 @@ class FlowWithText(nn.Module):
         return cls(flow, text)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device = CPU) -> FlowWithText:
-        """A finished model to go on from; its text encoders are frozen, as the paper's are."""
+    def load(cls, folder: Path, device: torch.device = CPU, *, deepen: int = 0) -> FlowWithText:
+        """A finished model to go on from; its text encoders are frozen, as the paper's are.
+
+        `deepen` single blocks are added behind its own.
+        """
         files = find_model(folder)
-        flow = load_transformer(files, device=device, dtype=torch.float32).requires_grad_(True)
+        flow = deepened(load_transformer(files, device=device, dtype=torch.float32), deepen).requires_grad_(True)
         freeze_unused_guidance(flow)
         return cls(flow, TextEncoder.load(files, device=device, dtype=torch.float32, text_length=None))
 
@@ -120,6 +124,17 @@ def start_like_dit(flow: FlowTransformer) -> None:
         for parameter in flow.guidance_in.parameters():
             nn.init.zeros_(parameter)
     freeze_unused_guidance(flow)
+
+
+def deepened(flow: FlowTransformer, blocks: int) -> FlowTransformer:
+    """The same model with so many single blocks more, which start as the identity: it computes what it did before."""
+    if blocks == 0:
+        return flow
+    config = replace(flow.config, depth_single=flow.config.depth_single + blocks)
+    deeper = FlowTransformer(config)
+    start_like_dit(deeper)
+    deeper.load_state_dict({**deeper.state_dict(), **flow.state_dict()})
+    return deeper.to(next(flow.parameters()).device)
 
 
 def freeze_unused_guidance(flow: FlowTransformer) -> None:

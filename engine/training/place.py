@@ -19,7 +19,7 @@ TOLD = "training.json"
 """What the training in a folder was told."""
 EXPORTED = "exported.txt"
 """Where it has exported to: its own result it may replace, nobody else's."""
-LASTING = ("kind", "base", "vae", "freeze_encoder", "rank", "targets")
+LASTING = ("kind", "base", "vae", "deepen", "freeze_encoder", "rank", "targets")
 """Entries that a training keeps for life."""
 
 

@@ -80,7 +80,7 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
         module, autoencoder = FlowWithText.new(config.folder).to(device), read_autoencoder(config.vae).to(device)
     else:
         assert config.base is not None
-        module = FlowWithText.load(config.base, device)
+        module = FlowWithText.load(config.base, device, deepen=config.deepen)
         autoencoder = load_autoencoder(find_model(config.base), device=device)
     trained: nn.Module = module
     if config.kind == "flow":

@@ -187,6 +187,19 @@ def test_a_saved_adapter_acts_in_the_engine_as_it_did_in_training(module: FlowWi
     assert (acted - bare).abs().max() > 1e-2
 
 
+def test_a_deepened_model_computes_what_it_did_before_and_its_new_blocks_learn() -> None:
+    before, deeper = FlowWithText.load(CASE / "model"), FlowWithText.load(CASE / "model", deepen=2)
+    assert deeper.flow.config.depth_single == before.flow.config.depth_single + 2
+    ids = before.text.token_ids(["make it red"])
+    x, t = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0.7])
+    with torch.no_grad():
+        assert torch.equal(deeper.velocity(x, t, None, ids, (2, 2)), before.velocity(x, t, None, ids, (2, 2)))
+    deeper.velocity(x, t, None, ids, (2, 2)).square().mean().backward()  # type: ignore[no-untyped-call]
+    gates = deeper.flow.single_blocks[-1].modulation.lin.weight.grad
+    assert gates is not None
+    assert gates.abs().max() > 0
+
+
 def test_adapters_of_no_rank_or_no_target_are_refused(module: FlowWithText) -> None:
     with pytest.raises(AdapterError, match="rank 0"):
         LowRankAdapter(module.flow, rank=0)
@@ -355,6 +368,8 @@ def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Pa
         ({"kind": "lora"}, "needs `base`"),
         ({"kind": "flow"}, "needs `vae`"),
         ({"kind": "flow", "vae": "a", "base": "b"}, "else `base`"),
+        ({"kind": "flow", "vae": "a", "deepen": 2}, "deepen needs `base`"),
+        ({"kind": "flow", "base": "b", "deepen": -1}, "deepen -1"),
         ({"freeze_encoder": True}, "needs `vae`"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"loop": {"steps": 1, "accumulate": 0}}, "loop.accumulate 0"),
