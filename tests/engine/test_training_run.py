@@ -195,7 +195,8 @@ def test_a_deepened_model_computes_what_it_did_before_and_its_new_blocks_learn()
     with torch.no_grad():
         assert torch.equal(deeper.velocity(x, t, None, ids, (2, 2)), before.velocity(x, t, None, ids, (2, 2)))
     deeper.velocity(x, t, None, ids, (2, 2)).square().mean().backward()  # type: ignore[no-untyped-call]
-    gates = deeper.flow.single_blocks[-1].modulation.lin.weight.grad
+    last = deeper.flow.config.depth_single - 1
+    gates = dict(deeper.flow.named_parameters())[f"single_blocks.{last}.modulation.lin.weight"].grad
     assert gates is not None
     assert gates.abs().max() > 0
 
