@@ -1,0 +1,91 @@
+"""What the services need from the outside, as protocols; the adapters implement them, `bootstrap` chooses.
+
+An adapter raises the errors of `kontext_batch.errors` and nothing of its library's; the foreign error stays as
+`__cause__`.
+"""
+
+from kontext_batch.ports.computing import (
+    ContentFilter,
+    EditJob,
+    Editor,
+    LoadedPicture,
+    MadePicture,
+    OnStep,
+    Operations,
+    Probe,
+    WakeUps,
+)
+from kontext_batch.ports.objects import (
+    Folder,
+    ObjectInfo,
+    ObjectStore,
+)
+from kontext_batch.ports.records import (
+    Artifact,
+    AttemptRow,
+    BatchMember,
+    BatchRecord,
+    CommitReport,
+    InputRecord,
+    LeasedStep,
+    ModelRow,
+    NewRun,
+    ParentOutput,
+    PendingDelivery,
+    Ranking,
+    Ready,
+    ReconcileReport,
+    RunSummary,
+    Share,
+    SourceInput,
+    StepDone,
+    StepFailed,
+    StepOutput,
+    StepResult,
+    StepRow,
+    StoredInstance,
+    WorkerInfo,
+)
+from kontext_batch.ports.repository import (
+    Repository,
+)
+
+__all__ = [
+    "Artifact",
+    "AttemptRow",
+    "BatchMember",
+    "BatchRecord",
+    "CommitReport",
+    "ContentFilter",
+    "EditJob",
+    "Editor",
+    "Folder",
+    "InputRecord",
+    "LeasedStep",
+    "LoadedPicture",
+    "MadePicture",
+    "ModelRow",
+    "NewRun",
+    "ObjectInfo",
+    "ObjectStore",
+    "OnStep",
+    "Operations",
+    "ParentOutput",
+    "PendingDelivery",
+    "Probe",
+    "Ranking",
+    "Ready",
+    "ReconcileReport",
+    "Repository",
+    "RunSummary",
+    "Share",
+    "SourceInput",
+    "StepDone",
+    "StepFailed",
+    "StepOutput",
+    "StepResult",
+    "StepRow",
+    "StoredInstance",
+    "WakeUps",
+    "WorkerInfo",
+]

@@ -1,0 +1,80 @@
+"""Bytes at URIs: what a store can do, and what is known of what lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What is known of an object without reading it."""
+
+    uri: str
+    etag: str
+    """Changes whenever the bytes change. S3: the ETag; a folder: size, mtime_ns and inode."""
+    bytes: int
+    modified: datetime
+    problem: str | None = None
+    """Why it is listed and may not be read; then ETag and size mean nothing, and a URI that ends in `/` is a folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder as it really lies, for comparing places that differ as text and are one."""
+
+    uri: str
+    """No symbolic link is left in it; ends in `/`."""
+    folders: frozenset[str] = frozenset()
+    """Names in it, decoded, that are folders: no object can take them."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Name in it, as a URI has it, that is a symbolic link -> URI of what it leads to."""
+
+
+class ObjectStore(Protocol):
+    """Bytes at URIs. `s3://bucket/key` and `file:///absolute/path`; one test suite runs over every implementation.
+
+    A store knows which prefixes it may read and which it may write: anything else is `NotAllowed`, checked before
+    any I/O, on the normalised URI (no `..`, NUL or control characters, no symbolic link out of a folder).
+    """
+
+    def head(self, uri: str) -> ObjectInfo:
+        """Raises `ObjectNotFound`, `NotAllowed`, `InfrastructureError`."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose URI starts with `prefix`, in code point order of the paths, lazily.
+
+        A prefix that ends in `/` is a folder. Hidden and unfinished files are left out. What a symbolic link leads to
+        that may not be read comes with its `problem`, a folder as one. Raises `NotAllowed` at once.
+        """
+        ...
+
+    def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
+        """The object whole. Raises `ObjectChanged` when `etag` is given and differs, `StepError` past `max_bytes`."""
+        ...
+
+    def write(self, uri: str, data: bytes, *, media_type: str) -> ObjectInfo:
+        """Put the object, atomically: a reader sees the old bytes, the new bytes or nothing, never a half.
+
+        Raises `StorageFull`, `StorageReadOnly`, `InfrastructureError`.
+        """
+        ...
+
+    def write_if_absent(self, uri: str, data: bytes, *, media_type: str) -> bool:
+        """Put the object unless one is there; says whether it did. Of racing writers exactly one gets True."""
+        ...
+
+    def delete(self, uri: str) -> None:
+        """Remove the object; that nothing is there is no error."""
+        ...
+
+    def folder(self, uri: str, *, write: bool = False) -> Folder:
+        """The folder at `uri`, which ends in `/` and need not exist yet.
+
+        `write`: whether something is to be put there. Raises `NotAllowed`, `StorageReadOnly` or `InfrastructureError`
+        where it is plain by now that this cannot be; a store that has no folders finds nothing against it.
+        """
+        ...

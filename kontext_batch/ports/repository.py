@@ -1,0 +1,269 @@
+"""What the services ask of the database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from kontext_batch.planning.plan import InstanceId, Plan
+from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
+from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.ports.records import (
+    Artifact,
+    AttemptRow,
+    BatchRecord,
+    CommitReport,
+    InputRecord,
+    LeasedStep,
+    NewRun,
+    PendingDelivery,
+    Ranking,
+    ReconcileReport,
+    RunSummary,
+    SourceInput,
+    StepResult,
+    StepRow,
+    StoredInstance,
+    WorkerInfo,
+)
+
+
+class Repository(Protocol):
+    """The database. Every method is one transaction; all times are the database's own."""
+
+    # ---- planning
+
+    def step_states(self, keys: Iterable[str]) -> Mapping[str, StepState]:
+        """State of each known key (unknown keys are left out); a done step whose artifact was collected is left out."""
+        ...
+
+    def latest_instances(self, recipe: str) -> Mapping[InstanceId, StoredInstance]:
+        """For each (node, axes, candidate) of the recipe of that name: how its most recent run had it."""
+        ...
+
+    def lane_seconds(self) -> Mapping[str, float]:
+        """Mean seconds a step by lane, over recent successful attempts."""
+        ...
+
+    def inputs(self, uris: Iterable[str]) -> Mapping[str, InputRecord]:
+        """What is known of these source pictures; the caller compares ETags."""
+        ...
+
+    def remember_inputs(self, records: Sequence[InputRecord]) -> None:
+        """Insert or replace by URI."""
+        ...
+
+    # ---- runs
+
+    def create_run(self, run: NewRun, plan: Plan, *, fire: tuple[int, int] | None = None) -> int:
+        """Store run, steps, edges, run_steps and deliveries in one transaction; returns the run's id.
+
+        A key that is known and live or done makes no new row (this run may become its account); one that is failed,
+        skipped, cancelled, quarantined, or done without its artifact goes back to blocked or ready, with attempts and
+        losses at 0.
+
+        `fire`: (id, token) of the time of a schedule that this run is of; noted in the same transaction, so that a time
+        has one run. Raises `LeaseLost` when its claim has moved on.
+        """
+        ...
+
+    def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None) -> int:
+        """Put unsuccessful steps of the run (all, or those keys and what reads them) back; returns how many."""
+        ...
+
+    def cancel_run(self, run_id: int) -> int:
+        """Cancel the run; blocked and ready steps that no other live run wants are cancelled; returns how many."""
+        ...
+
+    def pause_run(self, run_id: int) -> bool:
+        """Let nothing more be claimed for a running run; says whether it was running."""
+        ...
+
+    def resume_run(self, run_id: int) -> bool:
+        """Let a paused run go on; says whether it was paused."""
+        ...
+
+    def prioritize_run(self, run_id: int, priority: int) -> None:
+        """Give the run another priority."""
+        ...
+
+    def finish_runs(self) -> Sequence[tuple[int, RunState]]:
+        """Give a final state to each open run with no live step and no pending delivery; returns those."""
+        ...
+
+    def run(self, run_id: int) -> RunSummary:
+        """Raises `ObjectNotFound`."""
+        ...
+
+    def runs(self, *, limit: int = 50) -> Sequence[RunSummary]:
+        """Newest first."""
+        ...
+
+    def recipe_text(self, run_id: int) -> str: ...
+
+    def run_steps(self, run_id: int, *, states: Iterable[StepState] | None = None) -> Sequence[StepRow]:
+        """Instances of the run, in plan order."""
+        ...
+
+    # ---- schedules
+
+    def add_schedule(self, new: Schedule) -> None:
+        """Times count from now on. Raises `SettingsError` when there is one of that name."""
+        ...
+
+    def schedules(self) -> Sequence[StoredSchedule]:
+        """By name."""
+        ...
+
+    def pause_schedule(self, name: str, *, paused: bool) -> bool:
+        """Says whether that changed anything; times that go by meanwhile are not made up for."""
+        ...
+
+    def remove_schedule(self, name: str) -> None:
+        """Raises `ObjectNotFound`."""
+        ...
+
+    def fires(self, name: str, *, limit: int = 20) -> Sequence[FireRow]:
+        """What became of the schedule's times, newest first."""
+        ...
+
+    def claim_fires(self, *, seconds: float) -> Sequence[ClaimedFire]:
+        """The times that have come, oldest first, and those that another process claimed and lost `seconds` ago."""
+        ...
+
+    def settle_fire(self, fire_id: int, token: int, state: str, reason: str) -> bool:
+        """That a claimed time gets no run: `skipped` or `refused`, and why. False when the claim has moved on."""
+        ...
+
+    def scheduled_runs(self) -> Sequence[ScheduledRun]:
+        """Open runs that schedules have started, oldest first."""
+        ...
+
+    # ---- workers
+
+    def register_worker(self, worker: WorkerInfo) -> None: ...
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        """Those that have not said goodbye."""
+        ...
+
+    def retire_worker(self, worker_id: str) -> None:
+        """Say goodbye: leases still held go back to ready at no cost."""
+        ...
+
+    def claim(
+        self,
+        worker_id: str,
+        *,
+        limit: int,
+        lease_seconds: float,
+        ranking: Ranking | None = None,
+        run_id: int | None = None,
+        capped: bool = False,
+    ) -> Sequence[LeasedStep]:
+        """Lease up to `limit` ready steps of one lane, and open an attempt for each.
+
+        The batch is filled from the first share of `ranking` that has something, then from the later ones of its lane;
+        without a ranking the highest priority, then the oldest run comes first.
+        `run_id`: only steps that this run wants. `capped`: the ranking keeps to caps, so no two claims may rank at
+        once. A step with `batch_limit = 1` is claimed alone. Returns nothing when nothing is ready.
+        """
+        ...
+
+    def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
+        """The heartbeat: extend every lease of this worker that has not been taken away; returns how many it holds."""
+        ...
+
+    def release(self, steps: Sequence[tuple[int, int]]) -> None:
+        """Give (step id, token) leases back unused: `leased -> ready`, no attempt counted."""
+        ...
+
+    def intend_uploads(self, uploads: Sequence[tuple[str, int, int]]) -> None:
+        """(URI, step id, token) of every object about to be put, committed before the PUT."""
+        ...
+
+    def commit(self, batch: BatchRecord | None, results: Sequence[StepResult]) -> CommitReport:
+        """Write the results of a batch, fenced row by row; free, or skip, their children."""
+        ...
+
+    def reconcile(self, *, gone_workers: Iterable[str] = (), max_losses: int = 3) -> ReconcileReport:
+        """Return leases that ran out or that `gone_workers` hold; quarantine steps that lost too many workers."""
+        ...
+
+    # ---- deliveries
+
+    def pending_deliveries(self, run_id: int | None = None, *, limit: int = 100) -> Sequence[PendingDelivery]:
+        """Deliveries whose step is done."""
+        ...
+
+    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: str | None = None) -> None:
+        """The image lies at `path` now (with its version in the name), or was left out; `skipped` says why."""
+        ...
+
+    def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
+        """What the newest run after `run_id` that has delivered to exactly `path` brought; None when none has."""
+        ...
+
+    def skipped_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
+        """(URI, reason) of what was left out on purpose, in plan order."""
+        ...
+
+    def made_files(self, run_id: int) -> Sequence[str]:
+        """URIs of what the run delivered, without the pictures that were there before it, in plan order."""
+        ...
+
+    def failed_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
+        """(URI, error) of what could not be brought where the recipe wants it, in plan order."""
+        ...
+
+    def fail_delivery(self, delivery_id: int, error: str) -> None: ...
+
+    # ---- questions
+
+    def find_steps(self, text: str, *, run_id: int | None = None) -> Sequence[StepRow]:
+        """Steps by key or its prefix, node name, delivered path or artifact sha256 prefix."""
+        ...
+
+    def attempts(self, step_id: int) -> Sequence[AttemptRow]: ...
+
+    def ancestors(self, step_id: int) -> Sequence[tuple[int, int, str]]:
+        """(child id, parent id, role) edges above the step, by recursive CTE."""
+        ...
+
+    def steps_by_id(self, ids: Iterable[int]) -> Sequence[StepRow]: ...
+
+    def step_sources(self, step_id: int) -> Sequence[SourceInput]: ...
+
+    # ---- garbage
+
+    def artifact_uris(self) -> Iterator[str]: ...
+
+    def collectable(self, *, keep_bytes: int) -> Sequence[Artifact]:
+        """Artifacts that can be recomputed, oldest use first, whose removal brings the total under `keep_bytes`.
+
+        Never one that a live step will still read or a pending delivery needs.
+        """
+        ...
+
+    def forget_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> bool:
+        """Mark it collected (the row stays for the lineage), unless a live step or pending delivery needs it by now.
+
+        `delete` is called with its URI under the lock that keeps others from naming the object meanwhile; a caller
+        who deletes afterwards may delete what somebody has just put anew.
+        """
+        ...
+
+    def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
+        """Its object is gone or damaged: mark it collected, so that whoever needs it next has it made again.
+
+        `delete` as for `forget_artifact`: what is put anew is written only where nothing is.
+        """
+        ...
+
+    def orphaned_uploads(self) -> Sequence[str]:
+        """URIs of uploads that no live intent and no artifact names: safe to delete."""
+        ...
+
+    def forget_uploads(self, uris: Sequence[str], delete: Callable[[str], None] | None = None) -> None:
+        """Mark them deleted, each unless somebody names its object by now; `delete` as for `forget_artifact`."""
+        ...
