@@ -6,8 +6,8 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +21,18 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.operations.pictures import probe
 from kontext_batch.operations.registry import PillowOperations
 from kontext_batch.planning.listing import AdapterInfo, ModelInfo
+from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import ContentFilter, ModelRow, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import SHIPPED, ModelEntry, Registry, shipped_folder, signature
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.look import Looker
 from kontext_batch.services.prepare import Planner
+from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.keys import ObjectKeys
-from kontext_batch.storage.router import open_store
-from kontext_batch.storage.uris import file_uri
+from kontext_batch.storage.router import StoreRouter, open_store
+from kontext_batch.storage.uris import file_path, file_uri
 
 WORKSPACE = "kontext-out"
 DATABASE = "kontext.db"
@@ -41,6 +43,9 @@ class NoWakeUps:
 
     def wake(self, lanes: Mapping[str, int]) -> None:
         """Nobody to ring."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Application:
     settings: Settings
     workspace: Path
     repository: SqlRepository
-    store: ObjectStore
+    store: StoreRouter
     artifact_keys: ObjectKeys
     registry: Registry
     wake_ups: WakeUps
@@ -82,6 +87,8 @@ class Application:
     database_url: str
     """Of the workspace, whether it is there yet or not."""
     aside: TemporaryDirectory[str] | None = None
+    admitted: set[str] = field(default_factory=set)
+    """URIs of recipes whose folders the store may use besides those it was opened with."""
 
     def settle(self, looked_at: Iterable[str] = ()) -> None:
         """Make the workspace unless it is there: from here on there is something to keep.
@@ -132,13 +139,25 @@ class Application:
             max_instances=self.settings.max_steps,
         )
 
-    def worker(self) -> Worker:
-        """A worker in this process."""
+    def admit(self, sources: Iterable[str]) -> None:
+        """Let the store use the folders that these recipes lie in, as it does for the recipe of a command."""
+        new = {uri for uri in sources if uri.startswith("file:")} - self.admitted
+        if new:
+            folders = {Path(file_path(uri)).parent.resolve() for uri in new}
+            self.store.allow_folders(sorted(map(file_uri, folders)))
+            self.admitted |= new
+
+    def worker(self, *, edits: bool = True, operations: bool = True, device: str | None = None) -> Worker:
+        """A worker in this process, for steps of models, for those of Pillow, or for both.
+
+        `device`: instead of the one of the settings.
+        """
         process = psutil.Process()
+        device = device or self.settings.device
         engine_editor = editor.EngineEditor(
             models={name: entry.path for name, entry in self.registry.models.items()},
             adapters={name: entry.path for name, entry in self.registry.adapters.items()},
-            device=self.settings.device,
+            device=device,
             max_rows=self.settings.batch_rows,
             max_pixels=self.settings.max_pixels,
         )
@@ -147,7 +166,7 @@ class Application:
             host=socket.gethostname(),
             pid=process.pid,
             process_started=process.create_time(),
-            device=self.settings.device,
+            device=device,
             engine=engine_editor.describe(),
         )
         executor = Executor(
@@ -166,13 +185,17 @@ class Application:
             executor=executor,
             lease_seconds=self.settings.lease_seconds,
             batch_rows=self.settings.batch_rows,
+            wake_ups=self.wake_ups,
+            turns=Turns(lanes=partial(_serves, edits, operations)),
+            admit=self.admit,
             content_filter=self.content_filter,
             keep_bytes=self.settings.cache_limit,
         )
 
     def close(self) -> None:
-        """Give the database's connections back."""
+        """Give the connections to database and broker back."""
         self.repository.close()
+        self.wake_ups.close()
         if self.aside is not None:
             self.aside.cleanup()
             self.aside = None
@@ -183,15 +206,15 @@ def open_application(
     *,
     workspace: Path,
     recipe_folder: Path | None = None,
-    more_folders: Sequence[Path] = (),
     make: bool = True,
+    may_migrate: bool = True,
 ) -> Application:
     """Open, or make, a workspace. Raises `SettingsError` when it cannot be used.
 
     `make`: False leaves a workspace that is not there unmade until `Application.settle`: a plan, or a recipe that is
     refused, leaves nothing behind.
+    `may_migrate`: False only looks whether the database is at this version's tables: its user may not change them.
     `recipe_folder`: the folder that the recipe lies in; it may be read and delivered to, with all below it.
-    `more_folders`: likewise, for a worker that serves the runs of several recipes.
     """
     workspace = workspace.resolve()
     url = settings.database_url or f"sqlite:///{workspace / DATABASE}"
@@ -202,13 +225,17 @@ def open_application(
         raise SettingsError(f"{workspace}: a workspace is a folder")
     elif settings.database_url is None and not (workspace / DATABASE).is_file():
         aside = _folder_aside()
-    folders = [*([] if recipe_folder is None else [recipe_folder]), *more_folders]
+    folders = [] if recipe_folder is None else [recipe_folder]
     own = [file_uri(workspace), *(file_uri(folder.resolve()) for folder in folders)]
     objects = prefix_uri(settings.objects) if settings.objects else file_uri(workspace)
     readable = (*own, *map(prefix_uri, settings.read_prefixes))
     writable = (*own, *map(prefix_uri, settings.write_prefixes))
     registry = with_shipped(Registry.read(settings.models_file), settings.models_file)
-    repository = _repository(url if aside is None else f"sqlite:///{Path(aside.name) / DATABASE}", registry)
+    if may_migrate:
+        repository = _repository(url if aside is None else f"sqlite:///{Path(aside.name) / DATABASE}", registry)
+    else:
+        migrate.check(url)
+        repository = SqlRepository(url)
     keys = ObjectKeys(objects)
     store = open_store(
         [*readable, objects],
@@ -225,7 +252,7 @@ def open_application(
         store=store,
         artifact_keys=keys,
         registry=registry,
-        wake_ups=NoWakeUps(),
+        wake_ups=_wake_ups(settings),
         content_filter=CommandFilter(settings.content_filter) if settings.content_filter else None,
         readable=readable,
         writable=writable,
@@ -246,6 +273,21 @@ def _follow_move(repository: SqlRepository, store: ObjectStore, keys: ObjectKeys
     with contextlib.suppress(ObjectNotFound):
         store.head(keys.prefix + "/".join(name))
         repository.follow_artifacts(f"{old}/", keys.prefix)
+
+
+def _wake_ups(settings: Settings) -> WakeUps:
+    if settings.broker_url is None:
+        return NoWakeUps()
+    # Here, because Celery takes a while to import, and most people have no broker.
+    from kontext_batch.messaging.app import make_app
+    from kontext_batch.messaging.wake_ups import CeleryWakeUps
+
+    app = make_app(settings.broker_url, queue_prefix=settings.queue_prefix)
+    return CeleryWakeUps(app, batch_rows=settings.batch_rows)
+
+
+def _serves(edits: bool, operations: bool, lane: str) -> bool:
+    return operations if lane == OPERATIONS_LANE else edits
 
 
 def make_folder(workspace: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from kontext_batch.errors import InfrastructureError, SettingsError, StepError
+from kontext_batch.errors import OutOfMemory, SettingsError, StepError
 from kontext_batch.operations.pictures import encode_png, open_picture
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture, OnStep
 
@@ -183,7 +183,7 @@ class EngineEditor:
                 for index, made in stream:
                     results[numbers[index]] = StepError(str(made)) if isinstance(made, EngineError) else _made(made)
         except torch.OutOfMemoryError as error:
-            raise InfrastructureError(
+            raise OutOfMemory(
                 f"the device ran out of memory with {len(requests)} images; lower batch_rows in the settings"
             ) from error
         return results

@@ -10,6 +10,7 @@ KontextBatchError
 ├── InfrastructureError    nobody's: retried with backoff, never counted against the step
 │   ├── StorageFull        no space left; the run stops and goes on when there is some
 │   ├── StorageReadOnly    the place may not be written to
+│   ├── OutOfMemory        the device has no room for a batch of this size; tried again by halves
 │   └── LeaseLost          another worker holds the step now
 ├── ObjectNotFound         nothing lies at that URI
 └── ObjectChanged          what lies at that URI is not what was planned
@@ -97,6 +98,10 @@ class StorageFull(InfrastructureError):
 
 class StorageReadOnly(InfrastructureError):
     """The place that the URI points to may not be written to."""
+
+
+class OutOfMemory(InfrastructureError):
+    """The device has no room for this batch; smaller ones may fit."""
 
 
 class LeaseLost(InfrastructureError):

@@ -48,6 +48,14 @@ class Settings(BaseSettings):
     """Most images sampled at once; bounds the memory of a step."""
     lease_seconds: float = Field(default=60.0, ge=30.0)
     """How long a worker may be silent before its steps go to another. A SQLite writer was seen to wait 3.5 s."""
+    broker_url: str | None = None
+    """URL of the broker that rings workers (`redis://...`, `amqp://...`); left out, workers look by themselves."""
+    queue_prefix: str = Field(default="kontext", pattern=r"^[A-Za-z0-9_.-]{1,60}$")
+    """Of the names of the broker's queues: installations that share a broker have different ones."""
+    grace_seconds: float = Field(default=60.0, ge=0)
+    """How long a worker that is told to end may take to finish the batch in flight."""
+    batch_seconds: PositiveFloat = 1800.0
+    """How long a batch may take at most: a Celery worker's process that takes longer is replaced."""
     cache_limit: PositiveInt = 20 * 10**9
     """Bytes of artifacts to keep in a workspace. Above it, the end of a run and `gc` remove what can be computed again,
     oldest first."""

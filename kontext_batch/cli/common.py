@@ -97,28 +97,29 @@ def folder_of(source: str) -> Path | None:
     return Path(file_path(source)).parent if source.startswith("file:") else None
 
 
+def chosen_workspace(workspace: Path | None, at: Target | None = None) -> Path:
+    """The workspace asked for, else the one beside the recipe, else the one in the working folder."""
+    return workspace if workspace is not None else (at.folder if at and at.folder else Path.cwd()) / WORKSPACE
+
+
 @contextmanager
-def opened(
-    workspace: Path | None, *, at: Target | None = None, source: str | None = None, folders: Sequence[Path] = ()
-) -> Iterator[Application]:
+def opened(workspace: Path | None, *, at: Target | None = None, source: str | None = None) -> Iterator[Application]:
     """The workspace asked for, else the one beside the recipe, else the one in the working folder.
 
     Only a command with a recipe makes a workspace, and not before its plan is accepted (`Application.settle`); the
     others raise `SettingsError` when there is none. `source`: the URI of a recipe that ran here, whose folder may be
-    used again; `folders`: as those of several recipes.
+    used again.
     """
     from kontext_batch.bootstrap import open_application
     from kontext_batch.settings import load_settings
 
     folder = at.folder if at is not None else None if source is None else folder_of(source)
     settings = load_settings()
-    chosen = workspace if workspace is not None else (at.folder if at and at.folder else Path.cwd()) / WORKSPACE
+    chosen = chosen_workspace(workspace, at)
     if at is None and settings.database_url is None and not chosen.is_dir():
         raise SettingsError(f"{chosen}: there is no workspace here; name one with --workspace DIR")
     try:
-        application = open_application(
-            settings, workspace=chosen, recipe_folder=folder, more_folders=folders, make=at is None
-        )
+        application = open_application(settings, workspace=chosen, recipe_folder=folder, make=at is None)
         try:
             yield application
         finally:

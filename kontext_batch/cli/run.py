@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -243,16 +243,27 @@ def shown_uri(uri: str) -> str:
 def stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
     """SIGINT or SIGTERM sets `stopping`; a second one ends the process at once, and the leases run out."""
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
+    def stop() -> None:
         if stopping.is_set():
             os._exit(EXIT_INTERRUPTED)
         stopping.set()
+
+    with on_signals(stop):
+        yield
+
+
+@contextmanager
+def on_signals(act: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `act`, each time."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        act()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [signal.signal(number, stop) for number in numbers]
+    before = [signal.signal(number, handle) for number in numbers]
     try:
         yield
     finally:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kontext_batch.cli import common, output
-from kontext_batch.cli.run import stopped_by_signals
+from kontext_batch.cli.run import on_signals, stopped_by_signals
 from kontext_batch.errors import SettingsError
-
-if TYPE_CHECKING:
-    from kontext_batch.ports import RunSummary
 
 db = typer.Typer(name="db", help="The database.", no_args_is_help=True, rich_markup_mode=None)
 workers = typer.Typer(name="workers", help="Processes that compute.", no_args_is_help=True, rich_markup_mode=None)
@@ -88,36 +85,49 @@ def check(workspace: common.WorkspaceOption = None) -> None:
 
 
 @workers.command()
-def start(workspace: common.WorkspaceOption = None) -> None:
-    """Work on everything that is ready in the workspace until stopped (Ctrl-C, SIGTERM).
+def start(
+    workspace: common.WorkspaceOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="Compute steps of models, on cuda:0, cpu, ...; without --operations nothing else.",
+            show_default=False,
+        ),
+    ] = None,
+    operations: Annotated[
+        bool,
+        typer.Option("--operations", help="Compute Pillow steps and deliver; without --device nothing else."),
+    ] = False,
+) -> None:
+    """Work on everything that is ready until stopped; without --device or --operations on steps of every kind.
 
-    Example: kontext-batch workers start --workspace kontext-out
+    With broker_url in the settings it is a Celery worker that waits to be rung, else it looks for work all the time.
+    SIGTERM or Ctrl-C: the batch in flight is finished within grace_seconds. A second one: it is given back at once.
+
+    Example: kontext-batch workers start --device cuda:0
     """
-    import threading
+    from kontext_batch.settings import load_settings
+    from kontext_batch.workers.process import Duties
 
-    from kontext_batch.services.work import SERVED_RUNS
+    duties = Duties(
+        workspace=str(common.chosen_workspace(workspace)),
+        device=device,
+        edits=device is not None or not operations,
+        operations=operations or device is None,
+    )
+    settings = load_settings()
+    if settings.broker_url is not None:
+        from kontext_batch.workers.start import serve_rings
 
-    stopping = threading.Event()
-
-    def folders() -> set[Path]:
-        with common.opened(workspace) as application:
-            sources = {run.source for run in application.repository.runs(limit=SERVED_RUNS)}
-        return {folder for folder in map(common.folder_of, sources) if folder is not None}
-
-    output.tell("working; Ctrl-C stops")
-    with stopped_by_signals(stopping):
-        while not stopping.is_set():
-            known = folders()
-
-            def covers(run: RunSummary, known: set[Path] = known) -> bool:
-                folder = common.folder_of(run.source)
-                return folder is None or folder in known
-
-            with common.opened(workspace, folders=sorted(known)) as application:
-                worker = application.worker()
-                worker.stopping = stopping
-                worker.serve(covers)
-    output.tell("stopped; what was in flight is given back")
+        raise typer.Exit(serve_rings(settings, duties))
+    with common.opened(workspace) as application:
+        worker = application.worker(edits=duties.edits, operations=duties.operations, device=device)
+        output.tell("working; Ctrl-C stops")
+        with on_signals(lambda: worker.end(settings.grace_seconds)):
+            worker.serve()
+    output.tell("stopped; nothing is held any more")
 
 
 @workers.command()

@@ -12,9 +12,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.deliveries import free_deliveries, pending_deliveries
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
 from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus, pair_in
+from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
     Artifact,
@@ -58,6 +60,11 @@ def workers(conn: sa.Connection) -> list[WorkerInfo]:
 
 
 def retire_worker(conn: sa.Connection, worker_id: str) -> None:
+    release_all(conn, worker_id)
+    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(retired=now()))
+
+
+def release_all(conn: sa.Connection, worker_id: str) -> None:
     lock_graph(conn, alone=True)
     held = conn.execute(
         sa.select(STEPS.id, STEPS.lease_token)
@@ -66,7 +73,7 @@ def retire_worker(conn: sa.Connection, worker_id: str) -> None:
         .with_for_update(key_share=True)
     )
     _release(conn, [(row.id, row.lease_token) for row in held])
-    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(retired=now()))
+    free_deliveries(conn, [worker_id])
 
 
 # ---------------------------------------------------------------------------------------------------------- claim
@@ -133,7 +140,14 @@ def _ready(conn: sa.Connection) -> list[Ready]:
         .subquery("leased")
     )
     rows = conn.execute(
-        sa.select(runs.id, runs.owner, runs.priority, walk.c.lane, sa.func.coalesce(leased.c.number, 0).label("leased"))
+        sa.select(
+            runs.id,
+            runs.owner,
+            runs.priority,
+            runs.source,
+            walk.c.lane,
+            sa.func.coalesce(leased.c.number, 0).label("leased"),
+        )
         .select_from(t.runs)
         .outerjoin(walk, (walk.c.id == runs.id) & walk.c.lane.is_not(None))
         .outerjoin(leased, leased.c.id == runs.id)
@@ -145,10 +159,21 @@ def _ready(conn: sa.Connection) -> list[Ready]:
     for owner, number in of_run.values():
         of_owner[owner] += number
     return [
-        Ready(row.id, row.owner, row.priority, row.lane, row.leased, of_owner[row.owner])
+        Ready(row.id, row.owner, row.priority, row.lane, row.leased, of_owner[row.owner], row.source)
         for row in rows
         if row.lane is not None
     ]
+
+
+def waiting_lanes(conn: sa.Connection) -> dict[str, int]:
+    """Of steps whose time to wait is not over none is counted."""
+    found: Counter[str] = Counter()
+    for each in _ready(conn):
+        if each.lane not in found and _choose(conn, Share(each.run_id, each.lane), 1, None, begun=0):
+            found[each.lane] = 1
+    if OPERATIONS_LANE not in found and pending_deliveries(conn, limit=1):
+        found[OPERATIONS_LANE] = 1
+    return dict(found)
 
 
 def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *, begun: int) -> dict[int, Any]:
@@ -181,7 +206,8 @@ def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *
         if row.batch_limit is not None and row.batch_limit <= begun + len(chosen):
             continue
         chosen[row.id] = row
-        limit = min(limit, row.batch_limit or limit)
+        if row.batch_limit is not None:
+            limit = min(limit, row.batch_limit - begun)
         if len(chosen) >= limit:
             break
     return chosen
@@ -335,6 +361,8 @@ def reconcile(conn: sa.Connection, *, gone_workers: Iterable[str], max_losses: i
     conn.execute(
         sa.update(t.workers).where(among(t.workers.c.id, gone), t.workers.c.retired.is_(None)).values(retired=now())
     )
+    if gone:
+        free_deliveries(conn, gone)
     if not lost:
         return ReconcileReport(returned=0, quarantined=0)
     poison = [row.id for row in lost if row.losses + 1 >= max_losses]

@@ -55,15 +55,16 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
 
     batch_id = _record_batch(conn, batch) if batch is not None and valid else None
     woken: Mapping[str, int] = {}
+    deliverable = 0
     if done:
         _finish(conn, done, batch_id)
         step_ids = [result.step_id for result in done]
         woken = free_children(conn, step_ids)
-        conn.execute(
+        deliverable = conn.execute(
             sa.update(t.deliveries)
             .where(among(t.deliveries.c.step_id, step_ids), t.deliveries.c.state == "waiting")
             .values(state="pending")
-        )
+        ).rowcount
     if failed:
         _fail(conn, failed, batch_id)
     _settle_uploads(conn, done, [(result.step_id, result.token) for result in failed])
@@ -76,6 +77,7 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         ),
         fenced=tuple(step_id for step_id, token in stale if (step_id, token) not in earlier),
         woken=woken,
+        deliverable=deliverable,
     )
 
 
@@ -178,6 +180,7 @@ def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | Non
                 lease_owner=None,
                 lease_until=None,
                 error=error,
+                **({} if result.batch_limit is None else {"batch_limit": result.batch_limit}),
             )
         )
         conn.execute(

@@ -2,49 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
-from kontext_batch.lineage.sql import now, stored_text
-from kontext_batch.ports import Artifact, PendingDelivery
+from kontext_batch.lineage.sql import among, now, now_plus, stored_text
+from kontext_batch.ports import Artifact, PendingDelivery, SettledDelivery
 
 DELIVERIES = t.deliveries.c
 
 
 def pending_deliveries(conn: sa.Connection, run_id: int | None = None, *, limit: int) -> list[PendingDelivery]:
     """Of open runs: what a cancelled or finished run left behind is delivered when that run is retried."""
-    artifacts = t.artifacts.c
+    return [_delivery(row) for row in conn.execute(_pending(run_id, limit))]
+
+
+def claim_deliveries(
+    conn: sa.Connection, worker_id: str, *, limit: int, seconds: float, run_id: int | None
+) -> list[PendingDelivery]:
+    free = sa.or_(DELIVERIES.claimed_until.is_(None), DELIVERIES.claimed_until <= now())
+    query = _pending(run_id, limit).where(free).with_for_update(skip_locked=True, key_share=True, of=t.deliveries)
+    found = [_delivery(row) for row in conn.execute(query)]
+    if found:
+        conn.execute(
+            sa.update(t.deliveries)
+            .where(among(DELIVERIES.id, [each.id for each in found]))
+            .values(claimed_by=worker_id, claimed_until=now_plus(seconds))
+        )
+    return found
+
+
+def _pending(run_id: int | None, limit: int) -> sa.Select[Any]:
     query = (
-        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, *_columns())
+        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, t.runs.c.source, *_columns())
         .join(t.runs, t.runs.c.id == DELIVERIES.run_id)
         .join(t.step_outputs, t.step_outputs.c.step_id == DELIVERIES.step_id)
-        .join(t.artifacts, artifacts.sha256 == t.step_outputs.c.sha256)
+        .join(t.artifacts, t.artifacts.c.sha256 == t.step_outputs.c.sha256)
         .where(open_run(), DELIVERIES.state == "pending", t.step_outputs.c.slot == "image")
         .order_by(DELIVERIES.id)
         .limit(limit)
     )
-    if run_id is not None:
-        query = query.where(DELIVERIES.run_id == run_id)
-    return [_delivery(row) for row in conn.execute(query)]
+    return query if run_id is None else query.where(DELIVERIES.run_id == run_id)
 
 
-def record_delivery(conn: sa.Connection, delivery_id: int, *, path: str, version: int, skipped: str | None) -> None:
+def settle_deliveries(
+    conn: sa.Connection, worker_id: str, settled: Sequence[SettledDelivery], back: Sequence[int]
+) -> None:
+    """The first to settle a delivery is believed: a second one brought the same bytes to the same place."""
     outputs = t.step_outputs.c
-    sha256 = sa.select(outputs.sha256).where(outputs.step_id == DELIVERIES.step_id, outputs.slot == "image")
+    brought = sa.select(outputs.sha256).where(outputs.step_id == DELIVERIES.step_id, outputs.slot == "image")
+    arrived = [each for each in settled if each.error is None]
+    failed = [each for each in settled if each.error is not None]
+    which = sa.and_(DELIVERIES.id == sa.bindparam("delivery"), DELIVERIES.state == "pending")
+    free: dict[str, Any] = {"claimed_by": None, "claimed_until": None}
+    if arrived:
+        conn.execute(
+            sa.update(t.deliveries)
+            .where(which)
+            .values(
+                state=sa.bindparam("ends"),
+                sha256=brought.scalar_subquery(),
+                delivered_path=sa.bindparam("place"),
+                version=sa.bindparam("number"),
+                delivered=now(),
+                error=sa.bindparam("why"),
+                **free,
+            ),
+            [
+                {
+                    "delivery": each.id,
+                    "ends": "delivered" if each.skipped is None else "skipped",
+                    "place": each.path,
+                    "number": each.version,
+                    "why": None if each.skipped is None else stored_text(each.skipped),
+                }
+                for each in arrived
+            ],
+        )
+    if failed:
+        conn.execute(
+            sa.update(t.deliveries).where(which).values(state="failed", error=sa.bindparam("why"), **free),
+            [{"delivery": each.id, "why": stored_text(each.error or "")} for each in failed],
+        )
+    if back:
+        conn.execute(
+            sa.update(t.deliveries).where(among(DELIVERIES.id, back), DELIVERIES.claimed_by == worker_id).values(**free)
+        )
+
+
+def free_deliveries(conn: sa.Connection, workers: Iterable[str]) -> None:
+    """What these workers were about to bring is for others."""
     conn.execute(
         sa.update(t.deliveries)
-        .where(DELIVERIES.id == delivery_id)
-        .values(
-            state="delivered" if skipped is None else "skipped",
-            sha256=sha256.scalar_subquery(),
-            delivered_path=path,
-            version=version,
-            delivered=now(),
-            error=None if skipped is None else stored_text(skipped),
-        )
+        .where(DELIVERIES.claimed_by.is_not(None), among(DELIVERIES.claimed_by, workers))
+        .values(claimed_by=None, claimed_until=None)
     )
 
 
@@ -62,7 +116,7 @@ def made_files(conn: sa.Connection, run_id: int) -> list[str]:
 def newer_delivery(conn: sa.Connection, run_id: int, path: str) -> PendingDelivery | None:
     """By way of the newer runs, of which there are few, and the index over run and path."""
     query = (
-        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, *_columns())
+        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, t.runs.c.source, *_columns())
         .select_from(t.runs)
         .join(t.deliveries, (DELIVERIES.run_id == t.runs.c.id) & (DELIVERIES.path == path))
         .join(t.artifacts, t.artifacts.c.sha256 == DELIVERIES.sha256)
@@ -84,15 +138,9 @@ def not_arrived(conn: sa.Connection, run_id: int, state: str) -> list[tuple[str,
     return [(row.path, row.error or "") for row in conn.execute(query)]
 
 
-def fail_delivery(conn: sa.Connection, delivery_id: int, error: str) -> None:
-    conn.execute(
-        sa.update(t.deliveries).where(DELIVERIES.id == delivery_id).values(state="failed", error=stored_text(error))
-    )
-
-
 def _delivery(row: sa.Row[Any]) -> PendingDelivery:
     artifact = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
-    return PendingDelivery(row.id, row.run_id, row.path, row.if_exists, artifact)
+    return PendingDelivery(row.id, row.run_id, row.path, row.if_exists, artifact, row.source)
 
 
 def _columns() -> list[sa.Column[object]]:

@@ -23,6 +23,7 @@ from kontext_batch.ports import (
     Ranking,
     ReconcileReport,
     RunSummary,
+    SettledDelivery,
     SourceInput,
     StepResult,
     StepRow,
@@ -139,6 +140,9 @@ class SqlRepository:
     def retire_worker(self, worker_id: str) -> None:
         self._db.write(claim.retire_worker, worker_id)
 
+    def release_all(self, worker_id: str) -> None:
+        self._db.write(claim.release_all, worker_id)
+
     def claim(
         self,
         worker_id: str,
@@ -158,6 +162,9 @@ class SqlRepository:
             run_id=run_id,
             capped=capped,
         )
+
+    def waiting_lanes(self) -> Mapping[str, int]:
+        return self._db.read(claim.waiting_lanes)
 
     def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
         return self._db.write(claim.extend_leases, worker_id, lease_seconds)
@@ -182,8 +189,15 @@ class SqlRepository:
     def pending_deliveries(self, run_id: int | None = None, *, limit: int = 100) -> Sequence[PendingDelivery]:
         return self._db.read(deliveries.pending_deliveries, run_id, limit=limit)
 
-    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: str | None = None) -> None:
-        self._db.write(deliveries.record_delivery, delivery_id, path=path, version=version, skipped=skipped)
+    def claim_deliveries(
+        self, worker_id: str, *, limit: int, seconds: float, run_id: int | None = None
+    ) -> Sequence[PendingDelivery]:
+        return self._db.write(deliveries.claim_deliveries, worker_id, limit=limit, seconds=seconds, run_id=run_id)
+
+    def settle_deliveries(
+        self, worker_id: str, settled: Sequence[SettledDelivery], *, back: Sequence[int] = ()
+    ) -> None:
+        self._db.write(deliveries.settle_deliveries, worker_id, settled, back)
 
     def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
         return self._db.read(deliveries.newer_delivery, run_id, path)
@@ -196,9 +210,6 @@ class SqlRepository:
 
     def failed_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
         return self._db.read(deliveries.not_arrived, run_id, "failed")
-
-    def fail_delivery(self, delivery_id: int, error: str) -> None:
-        self._db.write(deliveries.fail_delivery, delivery_id, error)
 
     # ---- questions
 

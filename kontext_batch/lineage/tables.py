@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage.sql import AxesText, UtcTime, in_state
 from kontext_batch.planning.states import LIVE, StepState
 
-REVISION = "0003"
+REVISION = "0007"
 """The migration that makes these tables."""
 
 metadata = sa.MetaData(
@@ -70,7 +70,7 @@ steps = sa.Table(
     sa.Column("asked", sa.Integer, nullable=False),  # 1 at first; one more each time a final step is asked for anew
     sa.Column("attempts", sa.Integer, nullable=False),  # tries begun since it was asked for; a release takes one back
     sa.Column("losses", sa.Integer, nullable=False),  # workers lost with it since it was asked for
-    sa.Column("batch_limit", sa.Integer),  # 1 after a loss: claimed alone
+    sa.Column("batch_limit", sa.Integer),  # 1 after a loss: claimed alone; half a batch that was too big
     sa.Column("not_before", UtcTime),
     sa.Column("lease_owner", sa.Text, sa.ForeignKey("workers.id")),
     sa.Column("lease_token", sa.Integer, nullable=False),  # grows with each claim, for ever: the fence
@@ -257,11 +257,15 @@ deliveries = sa.Table(
     sa.Column("version", sa.Integer),
     sa.Column("error", sa.Text),
     sa.Column("delivered", UtcTime),
+    sa.Column("claimed_by", sa.Text),  # the worker that is about to bring it, until then
+    sa.Column("claimed_until", UtcTime),
     sa.UniqueConstraint("run_id", "path"),
     sa.ForeignKeyConstraint(["run_id", "ordinal"], ["run_steps.run_id", "run_steps.ordinal"]),
     sa.Index(None, "run_id", "state"),
     sa.Index(None, "step_id"),
 )
+_held = deliveries.c.claimed_by.is_not(None)
+sa.Index("ix_deliveries_claimed", deliveries.c.claimed_by, sqlite_where=_held, postgresql_where=_held)
 
 inputs = sa.Table(
     "inputs",

@@ -87,3 +87,7 @@ class WakeUps(Protocol):
     def wake(self, lanes: Mapping[str, int]) -> None:
         """`lanes`: lane -> number of steps that became ready."""
         ...
+
+    def close(self) -> None:
+        """Give the connections back; a later ring opens them anew."""
+        ...

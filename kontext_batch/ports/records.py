@@ -105,6 +105,8 @@ class Ready:
     lane: str
     leased: int
     owner_leased: int
+    source: str = ""
+    """URI of the run's recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ class StepFailed:
     retry_in: float | None
     """Seconds until it may be claimed again (an infrastructure fault); None: it has failed for good (its own fault)."""
     timings: Mapping[str, float] = field(default_factory=dict)
+    batch_limit: int | None = None
+    """Most steps of a batch that it may be part of from now on; None: as before."""
 
 
 StepResult = StepDone | StepFailed
@@ -212,6 +216,8 @@ class CommitReport:
     """Step ids whose lease had moved on; their results were dropped and their uploads are orphans."""
     woken: Mapping[str, int]
     """Lane -> number of steps that became ready."""
+    deliverable: int = 0
+    """Deliveries that may be brought now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +238,22 @@ class PendingDelivery:
     path: str
     if_exists: str
     artifact: Artifact
+    source: str = ""
+    """URI of the recipe: what lies around it may be read and delivered to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettledDelivery:
+    """How a delivery ended. With an error it has failed."""
+
+    id: int
+    path: str = ""
+    """Where the image lies, or would."""
+    version: int = 1
+    """1 for the path that the recipe wants, n for `name.vN.ext`."""
+    skipped: str | None = None
+    """Why it was left out; None when it was not."""
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from kontext_batch.ports.records import (
     Ranking,
     ReconcileReport,
     RunSummary,
+    SettledDelivery,
     SourceInput,
     StepResult,
     StepRow,
@@ -151,6 +152,10 @@ class Repository(Protocol):
         """Say goodbye: leases still held go back to ready at no cost."""
         ...
 
+    def release_all(self, worker_id: str) -> None:
+        """Leases and deliveries that this worker holds go back, as in `retire_worker`; it goes on."""
+        ...
+
     def claim(
         self,
         worker_id: str,
@@ -168,6 +173,11 @@ class Repository(Protocol):
         `run_id`: only steps that this run wants. `capped`: the ranking keeps to caps, so no two claims may rank at
         once. A step with `batch_limit = 1` is claimed alone. Returns nothing when nothing is ready.
         """
+        ...
+
+    def waiting_lanes(self) -> Mapping[str, int]:
+        """Lanes for which a worker would find something now, with at least how many steps; deliveries count as
+        operations."""
         ...
 
     def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
@@ -196,8 +206,16 @@ class Repository(Protocol):
         """Deliveries whose step is done."""
         ...
 
-    def record_delivery(self, delivery_id: int, *, path: str, version: int, skipped: str | None = None) -> None:
-        """The image lies at `path` now (with its version in the name), or was left out; `skipped` says why."""
+    def claim_deliveries(
+        self, worker_id: str, *, limit: int, seconds: float, run_id: int | None = None
+    ) -> Sequence[PendingDelivery]:
+        """Pending deliveries that no other worker is about to bring; this one's for so long."""
+        ...
+
+    def settle_deliveries(
+        self, worker_id: str, settled: Sequence[SettledDelivery], *, back: Sequence[int] = ()
+    ) -> None:
+        """How deliveries ended; what somebody else has settled stays. `back`: claimed, and not brought after all."""
         ...
 
     def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
@@ -215,8 +233,6 @@ class Repository(Protocol):
     def failed_deliveries(self, run_id: int) -> Sequence[tuple[str, str]]:
         """(URI, error) of what could not be brought where the recipe wants it, in plan order."""
         ...
-
-    def fail_delivery(self, delivery_id: int, error: str) -> None: ...
 
     # ---- questions
 

@@ -6,18 +6,23 @@ time changes nothing. Identical bytes never make a new version.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import structlog
 
 from kontext_batch.errors import InfrastructureError, KontextBatchError, NotAllowed, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
-from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository
+from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository, SettledDelivery
 from kontext_batch.services.artifacts import read_artifact
 
 log = structlog.get_logger(__name__)
 
 MAX_VERSIONS = 10_000
+AT_ONCE = 16
+"""Deliveries that a worker claims together."""
+CLAIM_SECONDS = 300.0
+"""How long they are its own: another brings what a host that died had claimed. Twice changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +49,43 @@ def deliver_pending(
     repository: Repository,
     store: ObjectStore,
     *,
+    worker_id: str,
     run_id: int | None = None,
     content_filter: ContentFilter | None = None,
+    admit: Callable[[Iterable[str]], None] | None = None,
 ) -> int:
-    """Deliver everything that is finished; returns how many are settled.
+    """Deliver what is finished and claimed by nobody else, up to `AT_ONCE` images; returns how many are settled.
 
     A delivery that cannot be made, or that the content filter does not allow, is recorded as failed. Raises
     `InfrastructureError` (a full disk, a store that does not answer) with the rest still pending.
+    `admit`: told of the recipes of what is claimed, whose places are about to be used.
     """
-    delivered = 0
-    while pending := repository.pending_deliveries(run_id):
-        for delivery in pending:
+    claimed = repository.claim_deliveries(worker_id, limit=AT_ONCE, seconds=CLAIM_SECONDS, run_id=run_id)
+    if not claimed:
+        return 0
+    if admit is not None:
+        admit({each.source for each in claimed})
+    settled: list[SettledDelivery] = []
+    told = 0
+    try:
+        for delivery in claimed:
             try:
                 placed = _placed(repository, store, delivery, content_filter)
             except KontextBatchError as error:
                 if isinstance(error, InfrastructureError) and not isinstance(error, StorageReadOnly):
                     raise  # the next would meet the same; what is pending stays so, and the same command goes on
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
-                repository.fail_delivery(delivery.id, str(error))
-                continue
-            repository.record_delivery(delivery.id, path=placed.path, version=placed.version, skipped=placed.skipped)
-            delivered += 1
-    return delivered
+                settled.append(SettledDelivery(delivery.id, error=str(error)))
+            else:
+                settled.append(SettledDelivery(delivery.id, placed.path, placed.version, placed.skipped))
+                if delivery.if_exists == "replace":  # others look at what is recorded before they replace it
+                    repository.settle_deliveries(worker_id, settled[told:])
+                    told = len(settled)
+    finally:
+        if told < len(claimed):
+            back = [each.id for each in claimed[len(settled) :]]
+            repository.settle_deliveries(worker_id, settled[told:], back=back)
+    return len(settled)
 
 
 def _placed(

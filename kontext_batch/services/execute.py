@@ -10,7 +10,8 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
@@ -19,6 +20,7 @@ from kontext_batch.errors import (
     NotAllowed,
     ObjectChanged,
     ObjectNotFound,
+    OutOfMemory,
     StepError,
     StorageFull,
     StorageReadOnly,
@@ -50,12 +52,15 @@ from kontext_batch.services.artifacts import read_artifact
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
 ArtifactUri = Callable[[str, str], str]
 """(sha256, media type) -> where the artifact goes."""
 
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 300.0
 MAX_RETRIES = 8
 """Infrastructure faults of one step before it fails: by then about ten minutes have passed."""
+PATIENCE_TRIES = 6
+"""How often a result that is paid for is offered to a store or database that does not answer: half a minute long."""
 
 
 def retry_delay(attempt: int, *, spread: Callable[[], float] = random.random) -> float | None:
@@ -76,6 +81,7 @@ class Executor:
     operations: Operations
     artifact_uri: ArtifactUri
     max_input_bytes: int
+    pause: Callable[[float], None] = time.sleep
 
     def run(self, steps: Sequence[LeasedStep], *, on_step: OnStep | None = None) -> CommitReport:
         """Compute and commit a batch of one lane."""
@@ -95,12 +101,28 @@ class Executor:
         made = self._compute(steps[0].lane, loaded, on_step)
         done: list[tuple[LeasedStep, MadePicture, float]] = []
         for (step, _, fetched), picture in zip(loaded, made, strict=True):
-            if isinstance(picture, Exception):
+            if isinstance(picture, OutOfMemory) and len(loaded) > 1:
+                results.append(halved(step, picture, len(loaded)))
+            elif isinstance(picture, Exception):
                 results.append(failure(step, picture))
             else:
                 done.append((step, picture, fetched))
         results.extend(self._put(done))
-        return self.repository.commit(self._record(steps), results)
+        record = self._record(steps)
+        return self._patiently(lambda: self.repository.commit(record, results))
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """What is computed is not computed again for want of a short outage's patience; a commit may be repeated."""
+        for attempt in range(1, PATIENCE_TRIES):
+            try:
+                return work()
+            except (StorageFull, StorageReadOnly):
+                raise  # this does not pass by itself
+            except InfrastructureError as error:
+                delay = retry_delay(attempt) or 0.0
+                log.warning("result held back until it can be kept", retry_in=round(delay, 1), error=str(error))
+                self.pause(delay)
+        return work()
 
     def _fetch(self, step: LeasedStep) -> list[LoadedPicture]:
         by_latents = step.params.get("handoff") == "latents"
@@ -156,15 +178,17 @@ class Executor:
                 files["latents"] = self._as_artifact(picture.latents, "application/octet-stream", picture)
             planned.append((step, picture, fetched, files))
         if planned:
-            self.repository.intend_uploads(
-                [(artifact.uri, step.id, step.token) for step, _, _, files in planned for artifact, _ in files.values()]
-            )
+            announced = [
+                (artifact.uri, step.id, step.token) for step, _, _, files in planned for artifact, _ in files.values()
+            ]
+            self._patiently(lambda: self.repository.intend_uploads(announced))
         results: list[StepResult] = []
         for step, picture, fetched, files in planned:
             started = time.perf_counter()
             try:
                 for artifact, data in files.values():
-                    self.store.write_if_absent(artifact.uri, data, media_type=artifact.media_type)
+                    put = partial(self.store.write_if_absent, artifact.uri, data, media_type=artifact.media_type)
+                    self._patiently(put)
             except (StorageFull, StorageReadOnly, NotAllowed):
                 raise  # the next one would meet the same, however often it were computed: the worker stops
             except InfrastructureError as error:
@@ -192,6 +216,13 @@ class Executor:
             libraries={name: str(version) for name, version in about.get("libraries", {}).items()},
             members=tuple(BatchMember(step.id, 0, int(step.params.get("steps", 1))) for step in steps),
         )
+
+
+def halved(step: LeasedStep, error: OutOfMemory, rows: int) -> StepFailed:
+    """Back at once, for a batch of half the size: down to one alone, whose own fault it then is to be too big."""
+    log.warning("batch too big for the device", step=step.key, rows=rows, error=str(error))
+    limit = rows // 2
+    return StepFailed(step.id, step.token, str(error), type(error).__name__, retry_in=0.0, batch_limit=limit)
 
 
 def failure(step: LeasedStep, error: Exception) -> StepFailed:

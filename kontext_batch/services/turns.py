@@ -34,6 +34,15 @@ class Turns:
     """("lane", name), ("owner", name) or ("run", id) -> the turn in which it was last served."""
     _owners: dict[int, str] = field(default_factory=dict)
 
+    def serves(self, lane: str) -> bool:
+        """Whether this worker takes steps of that lane."""
+        return self.lanes is None or self.lanes(lane)
+
+    @property
+    def lane(self) -> str | None:
+        """The lane that was last taken from."""
+        return self._lane
+
     @property
     def capped(self) -> bool:
         """Whether what is leased must not change between looking and claiming."""
@@ -41,7 +50,7 @@ class Turns:
 
     def __call__(self, ready: Sequence[Ready]) -> list[Share]:
         self._owners = {each.run_id: each.owner for each in ready}
-        served = [each for each in ready if self.lanes is None or self.lanes(each.lane)]
+        served = [each for each in ready if self.serves(each.lane)]
         return [
             Share(
                 each.run_id,

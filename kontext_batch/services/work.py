@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import structlog
 
 from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
+from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import RunState
-from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
+from kontext_batch.ports import (
+    CommitReport,
+    ContentFilter,
+    LeasedStep,
+    ObjectStore,
+    OnStep,
+    Ready,
+    Repository,
+    RunSummary,
+    Share,
+    WakeUps,
+    WorkerInfo,
+)
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.maintain import collect_garbage, reconcile
@@ -26,9 +40,8 @@ LOOK_SECONDS = 1.0
 """Between two looks at how a run stands: it takes 40 to 70 ms at 100,000 steps."""
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
-
-SERVED_RUNS = 1000
-"""The newest so many runs are looked at for work."""
+TURN_SECONDS = 20.0
+"""How long a worker goes on after one ring; then it rings for the rest, and Celery sees that it is alive."""
 
 
 class Stopped(Exception):
@@ -69,13 +82,44 @@ class Worker:
     executor: Executor
     lease_seconds: float
     batch_rows: int
+    wake_ups: WakeUps
     content_filter: ContentFilter | None = None
     keep_bytes: int | None = None
     """Most bytes of artifacts to leave behind when a run is finished; None keeps everything."""
     turns: Turns = field(default_factory=Turns)
     """Whose steps are taken next."""
+    admit: Callable[[Iterable[str]], None] | None = None
+    """Told of the recipes whose steps are about to be worked on, so that the store lets their places be used."""
+    draining: threading.Event = field(default_factory=threading.Event)
+    """Set to end: the batch in flight is finished, nothing more is claimed."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing more is to be claimed."""
+        return self.draining.is_set() or self.stopping.is_set()
+
+    def end(self, grace_seconds: float) -> None:
+        """Told to end: finish the batch in flight within so long; told again: give it back. For signal handlers too."""
+        # Not here: the thread that was interrupted may hold the lock of an event.
+        threading.Thread(target=self._end, args=(grace_seconds,), name="end", daemon=True).start()
+
+    def _end(self, grace_seconds: float) -> None:
+        if not self.draining.is_set():
+            self.draining.set()
+            self.stopping.wait(grace_seconds)
+        self.stopping.set()
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        """Known to the others, with a heart that beats; at the end the leases are given back."""
+        self.repository.register_worker(self.info)
+        try:
+            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
+                yield
+        finally:
+            self.repository.retire_worker(self.info.id)
 
     def run_until_done(
         self,
@@ -89,74 +133,85 @@ class Worker:
         Another process may share the run or some of its steps; what it holds is waited for, and taken over when that
         process is gone.
         """
-        self.repository.register_worker(self.info)
-        try:
+        with self.registered():
             reconcile(self.repository)  # what a killed process of this host held is free at once
-            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
-                look_again = 0.0
-                while not self.stopping.is_set():
-                    worked = self.work_once(run_id=run_id, on_step=on_step)
-                    delivered = deliver_pending(
-                        self.repository, self.store, run_id=run_id, content_filter=self.content_filter
-                    )
-                    if worked and time.monotonic() < look_again:
-                        continue
-                    look_again = time.monotonic() + LOOK_SECONDS
-                    self.repository.finish_runs()
-                    summary = self.repository.run(run_id)
-                    if on_progress is not None:
-                        on_progress(summary)
-                    if summary.finished is not None:
-                        if self.keep_bytes is not None:
-                            collect_garbage(self.repository, self.store, keep_bytes=self.keep_bytes)
+            look_again = 0.0
+            while not self.ending:
+                worked = self.work_once(run_id=run_id, on_step=on_step)
+                delivered = self.deliver(run_id=run_id)
+                if worked and time.monotonic() < look_again:
+                    continue
+                look_again = time.monotonic() + LOOK_SECONDS
+                self.repository.finish_runs()
+                summary = self.repository.run(run_id)
+                if on_progress is not None:
+                    on_progress(summary)
+                if summary.finished is not None:
+                    if self.keep_bytes is not None:
+                        collect_garbage(self.repository, self.store, keep_bytes=self.keep_bytes)
+                    return summary
+                if not worked and not delivered:
+                    if summary.state is RunState.PAUSED:
                         return summary
-                    if not worked and not delivered:
-                        if summary.state is RunState.PAUSED:
-                            return summary
-                        reconcile(self.repository)
-                        self.stopping.wait(IDLE_SECONDS)
-        finally:
-            self.repository.retire_worker(self.info.id)
+                    reconcile(self.repository)
+                    self.stopping.wait(IDLE_SECONDS)
         return self.repository.run(run_id)
 
-    def serve(self, covers: Callable[[RunSummary], bool]) -> None:
-        """Work on every running run, highest priority first, until `stopping` is set.
+    def serve(self) -> None:
+        """Work on every running run until told to end, looking for work all the time: there is nobody to ring."""
+        with self.registered():
+            while not self.ending:
+                reconcile(self.repository)
+                if not self.turn():
+                    self.stopping.wait(IDLE_SECONDS)
 
-        Returns early when a run turns up that `covers` says no to: whoever called opens its folders and calls again.
+    def turn(self, *, seconds: float = TURN_SECONDS) -> bool:
+        """Compute and deliver until nothing more is found, or for so long; says whether anything was.
+
+        What a turn leaves undone for want of time is rung for again.
         """
-        self.repository.register_worker(self.info)
-        try:
-            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
-                while not self.stopping.is_set():
-                    reconcile(self.repository)
-                    running = [run for run in self.repository.runs(limit=SERVED_RUNS) if run.finished is None]
-                    if not all(map(covers, running)):
-                        return
-                    running.sort(key=lambda run: (-run.priority, run.id))
-                    worked = any(self.work_once(run_id=run.id) for run in running)
-                    delivered = sum(
-                        deliver_pending(self.repository, self.store, run_id=run.id, content_filter=self.content_filter)
-                        for run in running
-                    )
-                    self.repository.finish_runs()
-                    if not worked and not delivered:
-                        self.stopping.wait(IDLE_SECONDS)
-        finally:
-            self.repository.retire_worker(self.info.id)
+        end = time.monotonic() + seconds
+        found, again, look_again = False, True, 0.0
+        while again and not self.ending:
+            worked = self.work_once(ring=not found)
+            again = self.deliver() > 0 or worked
+            found = found or again
+            if not again or time.monotonic() >= look_again:
+                look_again = time.monotonic() + LOOK_SECONDS
+                self.repository.finish_runs()
+            if again and time.monotonic() >= end:
+                self.wake_ups.wake({self.turns.lane or OPERATIONS_LANE: 1})
+                break
+        return found
 
-    def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None) -> bool:
-        """Claim and execute one batch; False when nothing is ready."""
+    def deliver(self, *, run_id: int | None = None) -> int:
+        """Bring some of what is finished, where that is this worker's business; returns how many are settled."""
+        if not self.turns.serves(OPERATIONS_LANE):
+            return 0  # a GPU does not wait for a store
+        return deliver_pending(
+            self.repository,
+            self.store,
+            worker_id=self.info.id,
+            run_id=run_id,
+            content_filter=self.content_filter,
+            admit=self.admit,
+        )
+
+    def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None, ring: bool = False) -> bool:
+        """Claim and execute one batch; False when nothing is ready. `ring`: wake another worker when it is full."""
         steps = self.repository.claim(
             self.info.id,
             limit=self.batch_rows,
             lease_seconds=self.lease_seconds,
-            ranking=self.turns,
+            ranking=self._rank,
             run_id=run_id,
             capped=self.turns.capped,
         )
         if not steps:
             return False
         self.turns.took(steps)
+        if ring and len(steps) == self.batch_rows:
+            self.wake_ups.wake({steps[0].lane: 1})
 
         def on_row_step(done: int, total: int) -> None:
             if on_step is not None:
@@ -174,7 +229,28 @@ class Worker:
             raise
         if report.fenced:
             log.warning("results dropped: another worker held these steps", steps=list(report.fenced))
+        self._ring_others(report)
         return True
+
+    def _rank(self, ready: Sequence[Ready]) -> Sequence[Share]:
+        if self.admit is not None:
+            self.admit({each.source for each in ready})
+        return self.turns(ready)
+
+    def _ring_others(self, report: CommitReport) -> None:
+        """For what became ready and this worker does not take next."""
+        lanes = {
+            lane: count - self.batch_rows if self.turns.serves(lane) else count for lane, count in report.woken.items()
+        }
+        if report.deliverable and not self.turns.serves(OPERATIONS_LANE):
+            lanes[OPERATIONS_LANE] = max(lanes.get(OPERATIONS_LANE, 0), report.deliverable)
+        lanes = {lane: count for lane, count in lanes.items() if count > 0}
+        if lanes:
+            self.wake_ups.wake(lanes)
+
+    def give_back(self) -> None:
+        """What this worker still holds is for others: the turn that held it was broken off."""
+        self.repository.release_all(self.info.id)
 
     def _release(self, steps: Sequence[LeasedStep]) -> None:
         self.repository.release([(step.id, step.token) for step in steps])

@@ -44,9 +44,14 @@ class LocalStore:
 
     def __init__(self, read_prefixes: Iterable[str], write_prefixes: Iterable[str]) -> None:
         """Both are `file:` URIs of folders, which need not exist yet. Raises `NotAllowed` for malformed ones."""
-        writable = [file_path(uri) for uri in write_prefixes]
+        self._given = tuple(read_prefixes), tuple(write_prefixes)
+        writable = [file_path(uri) for uri in self._given[1]]
         self._writable = Prefixes(writable)
-        self._readable = Prefixes([*(file_path(uri) for uri in read_prefixes), *writable])
+        self._readable = Prefixes([*map(file_path, self._given[0]), *writable])
+
+    def extended(self, write_prefixes: Iterable[str]) -> LocalStore:
+        """One that may use these places as well."""
+        return LocalStore(self._given[0], (*self._given[1], *write_prefixes))
 
     def head(self, uri: str) -> ObjectInfo:
         path = self._to_read(uri)

@@ -38,6 +38,12 @@ class StoreRouter:
     def folder(self, uri: str, *, write: bool = False) -> Folder:
         return self._of(uri).folder(uri, write=write)
 
+    def allow_folders(self, uris: Iterable[str]) -> None:
+        """Let these `file:` folders, and all below them, be read and written from now on."""
+        held = self._stores.get(FILE_SCHEME)
+        assert held is None or isinstance(held, LocalStore)
+        self._stores = {**self._stores, FILE_SCHEME: LocalStore((), uris) if held is None else held.extended(uris)}
+
     def _of(self, uri: str) -> ObjectStore:
         scheme = scheme_of(uri)
         store = self._stores.get(scheme)

@@ -16,7 +16,17 @@ from kontext_batch.planning.plan import (
     PlannedStep,
     StepInput,
 )
-from kontext_batch.ports import Artifact, LeasedStep, NewRun, StepDone, StepFailed, StepOutput, WorkerInfo
+from kontext_batch.ports import (
+    Artifact,
+    LeasedStep,
+    NewRun,
+    PendingDelivery,
+    SettledDelivery,
+    StepDone,
+    StepFailed,
+    StepOutput,
+    WorkerInfo,
+)
 
 ORIGIN = Origin("r.yaml", 3, 5)
 LANE = "edit/tiny"
@@ -98,3 +108,16 @@ def finish(repository: SqlRepository, worker_id: str = "w1", *, run_id: int | No
         repository.commit(None, [done(step) for step in leased])
         count += len(leased)
     return count
+
+
+def settle(
+    repository: SqlRepository,
+    delivery: PendingDelivery,
+    *,
+    path: str = "",
+    version: int = 1,
+    skipped: str | None = None,
+    error: str | None = None,
+) -> None:
+    """As a worker says how a delivery ended."""
+    repository.settle_deliveries("w1", [SettledDelivery(delivery.id, path or delivery.path, version, skipped, error)])

@@ -6,7 +6,7 @@ import pytest
 
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.ports import LeasedStep, StepDone
-from tests.contract.plans import LEASE, artifact_of, done, failed, finish, make_plan, submit, worker
+from tests.contract.plans import LEASE, artifact_of, done, failed, finish, make_plan, settle, submit, worker
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_a_delivery_is_pending_once_its_step_is_done(repository: SqlRepository) 
     ]
     assert [each.run_id for each in repository.pending_deliveries(other)] == [other]
     assert len(repository.pending_deliveries(limit=1)) == 1
-    repository.record_delivery(pending[0].id, path="file:///out/a.v2.png", version=2)
+    settle(repository, pending[0], path="file:///out/a.v2.png", version=2)
     assert [each.run_id for each in repository.pending_deliveries()] == [other]
     assert repository.run(run_id).delivered == 1
     assert [row.node for row in repository.find_steps("a.v2.png")] == ["a"]
@@ -45,7 +45,7 @@ def test_the_files_of_a_run_are_those_of_pictures_that_it_made(repository: SqlRe
     assert repository.made_files(run_id) == []
     finish(repository)
     for each in repository.pending_deliveries(run_id):
-        repository.record_delivery(each.id, path=each.path.replace(".png", ".v2.png"), version=2)
+        settle(repository, each, path=each.path.replace(".png", ".v2.png"), version=2)
     assert repository.made_files(run_id) == ["file:///out/b.v2.png"]
 
 
@@ -68,7 +68,7 @@ def test_what_is_still_to_be_read_or_delivered_is_not_collected(repository: SqlR
     assert not repository.forget_artifact(artifact_of(one).sha256), "it is being read"
     repository.commit(None, [done(reader)])
     [pending] = repository.pending_deliveries()
-    repository.record_delivery(pending.id, path=pending.path, version=1)
+    settle(repository, pending, path=pending.path, version=1)
     assert {each.sha256 for each in repository.collectable(keep_bytes=0)} == {
         artifact_of(step).sha256 for step in (one, other, reader)
     }

@@ -20,6 +20,7 @@ from tests.contract.plans import (
     key,
     make_plan,
     new_run,
+    settle,
     source,
     submit,
     worker,
@@ -100,7 +101,7 @@ def test_steps_are_found_by_whatever_people_have_at_hand(repository: SqlReposito
     first = submit(repository, make_plan({"a": [], "b": ["a"]}, deliver=["b"]))
     finish(repository)
     [pending] = repository.pending_deliveries()
-    repository.record_delivery(pending.id, path="file:///out/b.v2.png", version=2)
+    settle(repository, pending, path="file:///out/b.v2.png", version=2)
     second = submit(repository, make_plan({"a": []}))
     [b] = repository.find_steps("b")
     assert (b.node, b.axes, b.state, b.attempts) == ("b", (("item", "b"),), S.DONE, 1)

@@ -19,6 +19,7 @@ from tests.contract.plans import (
     key,
     make_plan,
     new_run,
+    settle,
     source,
     submit,
     worker,
@@ -49,7 +50,7 @@ def collect_all(repository: SqlRepository) -> int:
 
 def deliver_all(repository: SqlRepository) -> None:
     for each in repository.pending_deliveries():
-        repository.record_delivery(each.id, path=each.path, version=1)
+        settle(repository, each, path=each.path, version=1)
 
 
 def accounts(engine: sa.Engine) -> dict[str, int]:
@@ -300,8 +301,8 @@ def test_retry_delivers_what_could_not_be_delivered(repository: SqlRepository) -
     run_id = submit(repository, make_plan({"a": [], "b": []}, deliver=["a", "b"]))
     finish(repository)
     first, second = repository.pending_deliveries()
-    repository.record_delivery(first.id, path=first.path, version=1)
-    repository.fail_delivery(second.id, "the folder is read-only")
+    settle(repository, first, path=first.path, version=1)
+    settle(repository, second, error="the folder is read-only")
     assert repository.failed_deliveries(run_id) == [(second.path, "the folder is read-only")]
     assert repository.finish_runs() == [(run_id, RunState.PARTIAL)]
     assert repository.run(run_id).failed_deliveries == 1
@@ -443,7 +444,7 @@ def test_a_skipped_delivery_counts_as_arrived(repository: SqlRepository) -> None
     run_id = submit(repository, make_plan({"a": []}, deliver=["a"]))
     finish(repository)
     [pending] = repository.pending_deliveries()
-    repository.record_delivery(pending.id, path=pending.path, version=1, skipped="something is there already")
+    settle(repository, pending, path=pending.path, version=1, skipped="something is there already")
     assert repository.finish_runs() == [(run_id, RunState.DONE)]
     summary = repository.run(run_id)
     assert (summary.delivered, summary.skipped_deliveries) == (1, 1)
@@ -457,8 +458,8 @@ def test_a_newer_run_that_delivered_to_a_path_is_known(repository: SqlRepository
     finish(repository)
     first, second = repository.pending_deliveries(new)
     assert repository.newer_delivery(old, first.path) is None, "not yet"
-    repository.record_delivery(first.id, path=first.path, version=1)
-    repository.record_delivery(second.id, path=f"{second.path}.v2", version=2)
+    settle(repository, first, path=first.path, version=1)
+    settle(repository, second, path=f"{second.path}.v2", version=2)
     assert repository.newer_delivery(old, first.path) == first
     assert repository.newer_delivery(old, second.path) is None, "it lies beside it"
     assert repository.newer_delivery(new, first.path) is None

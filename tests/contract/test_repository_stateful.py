@@ -24,7 +24,7 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import TRANSITIONS, RunState
 from kontext_batch.ports import LeasedStep
 from tests.contract.database import read_moves, record_moves
-from tests.contract.plans import LEASE, artifact_of, done, failed, finish, make_plan, submit, worker
+from tests.contract.plans import LEASE, artifact_of, done, failed, finish, make_plan, settle, submit, worker
 
 DRAWN = {(old.value, new.value) for old, moves in TRANSITIONS.items() for new in moves}
 GRAPH: dict[str, list[str]] = {
@@ -87,7 +87,7 @@ class Store(RuleBasedStateMachine):
         self.repository.register_worker(worker("w1"))
         finish(self.repository)
         for pending in self.repository.pending_deliveries():
-            self.repository.record_delivery(pending.id, path=pending.path, version=1)
+            settle(self.repository, pending, path=pending.path, version=1)
         self.repository.finish_runs()
         assert all(run.state is not RunState.RUNNING for run in self.repository.runs())
         self.rules_hold()
@@ -194,9 +194,9 @@ class Store(RuleBasedStateMachine):
     def deliver(self, works: bool) -> None:
         for pending in self.repository.pending_deliveries(limit=2):
             if works:
-                self.repository.record_delivery(pending.id, path=pending.path, version=1)
+                settle(self.repository, pending, path=pending.path, version=1)
             else:
-                self.repository.fail_delivery(pending.id, "no")
+                settle(self.repository, pending, error="no")
 
     @rule()
     def finish(self) -> None:

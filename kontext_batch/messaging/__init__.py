@@ -1,0 +1,1 @@
+"""Celery as transport: what it may carry, over which queues, and how the workers are rung."""

@@ -1,0 +1,41 @@
+"""`ports.WakeUps` by Celery messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from kontext_batch.messaging.app import MESSAGE_SECONDS, OPERATE, WAKE
+from kontext_batch.planning.plan import OPERATIONS_LANE
+
+log = structlog.get_logger(__name__)
+
+MOST_RINGS = 8
+"""For one lane at once. Each worker that finds more than it can take rings one more, so that all are soon awake."""
+
+
+class CeleryWakeUps:
+    """Rings as many workers as have a batch to compute. A broker that does not answer is told of, and no error.
+
+    What is ready is in SQL: the beat rings again, and a worker that is awake finds it anyway.
+    """
+
+    def __init__(self, app: Celery, *, batch_rows: int) -> None:
+        self._app, self._batch_rows = app, batch_rows
+
+    def wake(self, lanes: Mapping[str, int]) -> None:
+        for lane, steps in lanes.items():
+            name = OPERATE if lane == OPERATIONS_LANE else WAKE
+            try:
+                for _ in range(min(MOST_RINGS, -(-steps // self._batch_rows))):
+                    self._app.send_task(name, args=[lane], expires=MESSAGE_SECONDS, retry=False, ignore_result=True)
+            except (OperationalError, OSError) as error:
+                log.warning("workers could not be rung; the beat rings again", lane=lane, error=str(error))
+                return
+
+    def close(self) -> None:
+        """Give the connections to the broker back."""
+        self._app.close()

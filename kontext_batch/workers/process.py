@@ -1,0 +1,123 @@
+"""The one process of a worker that computes: it opens the workspace once, and takes a turn at each ring.
+
+It is a child of Celery's, freshly started (a CUDA context does not survive a fork), and reads the settings itself.
+SIGUSR2 from its parent says: finish the batch in flight, and when it comes again: give it back.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+from celery import current_app, signals
+
+from kontext_batch.bootstrap import open_application
+from kontext_batch.errors import InfrastructureError
+from kontext_batch.services.maintain import reconcile
+from kontext_batch.services.work import Worker
+from kontext_batch.settings import Settings, load_settings
+
+log = structlog.get_logger(__name__)
+
+DUTIES = "kontext_duties"
+"""Name of the app's setting that brings a worker's duties to its child."""
+END_SIGNAL = signal.SIGUSR2
+
+
+@dataclass(frozen=True, slots=True)
+class Duties:
+    """What a worker was started for."""
+
+    workspace: str
+    device: str | None
+    edits: bool
+    operations: bool
+
+    def as_data(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class WorkerProcess:
+    """Opened lazily and again after a fault: a database that is not there yet is no reason to end."""
+
+    def __init__(self, settings: Settings, duties: Duties) -> None:
+        self._settings, self._duties = settings, duties
+        self._opened = ExitStack()
+        self._worker: Worker | None = None
+        self._ends = 0
+
+    def open(self) -> Worker:
+        """The worker, known to the others. Raises `InfrastructureError`, `SettingsError`."""
+        if self._worker is not None:
+            return self._worker
+        with ExitStack() as opened:
+            application = open_application(self._settings, workspace=Path(self._duties.workspace), may_migrate=False)
+            opened.callback(application.close)
+            worker = application.worker(
+                edits=self._duties.edits, operations=self._duties.operations, device=self._duties.device
+            )
+            for _ in range(self._ends):
+                worker.end(self._settings.grace_seconds)
+            opened.enter_context(worker.registered())
+            reconcile(worker.repository)  # what this worker's last child held is free at once
+            self._opened, self._worker = opened.pop_all(), worker
+        return worker
+
+    def turn(self) -> None:
+        """Work until nothing is ready. A fault of database or store is logged: what was held comes back."""
+        try:
+            self.open().turn()
+        except InfrastructureError as error:
+            log.error("turn broken off; the next ring tries again", error=str(error))
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._worker is not None:
+            try:
+                self._worker.give_back()
+            except InfrastructureError as error:
+                log.warning("leases not given back; they run out", error=str(error))
+
+    def end(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        """Told to end; told again, more urgently."""
+        self._ends += 1
+        if self._worker is not None:
+            self._worker.end(self._settings.grace_seconds)
+
+    def close(self) -> None:
+        """Say goodbye, and give back what is held."""
+        self._worker = None
+        try:
+            self._opened.close()
+        except InfrastructureError as error:
+            log.warning("could not say goodbye; the leases run out", error=str(error))
+
+
+_process: WorkerProcess | None = None
+
+
+def this_process() -> WorkerProcess:
+    assert _process is not None, "Celery has started this process"
+    return _process
+
+
+@signals.worker_process_init.connect
+def _start(**_: Any) -> None:
+    global _process
+    _process = WorkerProcess(load_settings(), Duties(**current_app.conf[DUTIES]))
+    signal.signal(END_SIGNAL, _process.end)
+    try:
+        _process.open()
+    except InfrastructureError as error:
+        log.error("not ready yet; the first ring tries again", error=str(error))
+
+
+@signals.worker_process_shutdown.connect
+def _end(**_: Any) -> None:
+    if _process is not None:
+        _process.close()
