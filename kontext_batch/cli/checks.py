@@ -61,6 +61,8 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if usable or settings.database_url is not None:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
         yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
+    if settings.broker_url is not None:
+        yield _broker(settings.broker_url)
     yield from _models(settings.models_file)
     yield _device(settings)
 
@@ -89,6 +91,15 @@ def _store(objects: str | None, endpoint: str | None, region: str | None, worksp
     except KontextBatchError as error:
         return Check("store", False, str(error), "see that the place is there and may be written to")
     return Check("store", True, f"{place} can be written to")
+
+
+def _broker(url: str) -> Check:
+    from kontext_batch.messaging.app import check_broker
+
+    try:
+        return Check("broker", True, f"{check_broker(url)} answers")
+    except KontextBatchError as error:
+        return Check("broker", False, str(error), "see that the server runs and that broker_url names it")
 
 
 def _models(file: Path) -> Iterator[Check]:

@@ -135,7 +135,7 @@ def beat(
     workspace: common.WorkspaceOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
 ) -> None:
-    """Fire schedules, stop their runs when they say so, and return what lost workers held, until stopped.
+    """Fire schedules, return what lost workers held, and ring again for what is ready, until stopped.
 
     Several may run at once: each time of a schedule becomes one run.
 
@@ -160,6 +160,7 @@ def beat(
 
                 try:
                     reconcile(application.repository)
+                    application.wake_ups.wake(application.repository.waiting_lanes())
                     for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
                         output.tell(f"run {run_id}")
                 except InfrastructureError as error:  # a database that is restarted comes back

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from amqp.exceptions import AMQPError
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
@@ -18,6 +19,8 @@ WAKE, OPERATE = "kontext_batch.wake", "kontext_batch.operate"
 """Names of the two tasks: a lane of a model has work; Pillow operations have."""
 MESSAGE_SECONDS = 30
 """A ring that nobody took by then is dropped: the beat has rung again."""
+BROKER_ERRORS = (OperationalError, AMQPError, OSError)
+"""What a broker that is not there, or refuses, ends a call with."""
 START_SECONDS = 60.0
 """How long a worker's child may take to start."""
 
@@ -49,7 +52,9 @@ def make_app(
         task_ignore_result=True,
         task_acks_late=False,
         task_time_limit=task_seconds,
-        task_publish_retry=False,
+        # Once more after a connection that a restart broke, and no longer: the beat rings again.
+        task_publish_retry=True,
+        task_publish_retry_policy={"max_retries": 1, "interval_start": 0.0, "interval_max": 0.0},
         worker_prefetch_multiplier=1,
         worker_concurrency=1,
         worker_pool="prefork",
@@ -75,8 +80,8 @@ def check_broker(broker_url: str) -> str:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=3, reraise_as_library_errors=True)
             return str(connection.as_uri())
-    except OperationalError as error:
-        raise InfrastructureError(f"the broker does not answer ({error})") from error
+    except BROKER_ERRORS as error:
+        raise InfrastructureError(f"the broker does not answer, or refuses ({error})") from error
     except (ImportError, KeyError, ValueError) as error:
         raise SettingsError(f"broker_url is not usable ({error}); redis://... or amqp://... is expected") from error
     finally:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import structlog
 from celery import Celery
-from kombu.exceptions import OperationalError
 
-from kontext_batch.messaging.app import MESSAGE_SECONDS, OPERATE, WAKE
+from kontext_batch.messaging.app import BROKER_ERRORS, MESSAGE_SECONDS, OPERATE, WAKE
 from kontext_batch.planning.plan import OPERATIONS_LANE
 
 log = structlog.get_logger(__name__)
@@ -31,11 +30,12 @@ class CeleryWakeUps:
             name = OPERATE if lane == OPERATIONS_LANE else WAKE
             try:
                 for _ in range(min(MOST_RINGS, -(-steps // self._batch_rows))):
-                    self._app.send_task(name, args=[lane], expires=MESSAGE_SECONDS, retry=False, ignore_result=True)
-            except (OperationalError, OSError) as error:
+                    self._app.send_task(name, args=[lane], expires=MESSAGE_SECONDS, ignore_result=True)
+            except BROKER_ERRORS as error:
                 log.warning("workers could not be rung; the beat rings again", lane=lane, error=str(error))
                 return
 
     def close(self) -> None:
         """Give the connections to the broker back."""
+        self._app.pool.force_close_all()  # type: ignore[attr-defined]
         self._app.close()
