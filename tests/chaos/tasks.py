@@ -1,0 +1,12 @@
+"""The tasks of a worker, with the toy engine in the model's place. Imported by a worker's child."""
+
+from __future__ import annotations
+
+from kontext_batch import editor
+from kontext_batch.workers.tasks import operate, wake
+from tests.chaos.engine import ToyEngine, move_clock
+
+__all__ = ["operate", "wake"]
+
+editor.EngineEditor = ToyEngine  # type: ignore[assignment,misc]
+move_clock()
