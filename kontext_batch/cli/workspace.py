@@ -12,6 +12,9 @@ from kontext_batch.cli.run import stopped_by_signals
 from kontext_batch.errors import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kontext_batch.planning.inbox import Place
     from kontext_batch.ports import RunSummary
 
 db = typer.Typer(name="db", help="The database.", no_args_is_help=True, rich_markup_mode=None)
@@ -125,9 +128,9 @@ def beat(
     workspace: common.WorkspaceOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
 ) -> None:
-    """Fire schedules, stop their runs when they say so, and return what lost workers held, until stopped.
+    """Fire schedules, stop their runs, watch inboxes and return what lost workers held, until stopped.
 
-    Several may run at once: each time of a schedule becomes one run.
+    Several may run at once: each time of a schedule, and each dropped recipe, becomes one run.
 
     Example: kontext-batch workers beat --workspace kontext-out
     """
@@ -142,15 +145,21 @@ def beat(
     stopping = threading.Event()
     output.tell("beating; Ctrl-C stops")
     with stopped_by_signals(stopping), common.opened(workspace) as application:
+        watcher = application.watcher()
         while not stopping.is_set():
             with ExitStack() as opened:
 
                 def planner(uri: str, opened: ExitStack = opened) -> Planner:
                     return opened.enter_context(common.opened(workspace, source=uri)).planner()
 
+                def inbox_planner(place: Place, more: Sequence[str], opened: ExitStack = opened) -> Planner:
+                    return opened.enter_context(common.opened(workspace)).inbox_planner(place, more)
+
                 try:
                     reconcile(application.repository)
                     for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
+                        output.tell(f"run {run_id}")
+                    for run_id in watcher.tick(inbox_planner):
                         output.tell(f"run {run_id}")
                 except InfrastructureError as error:  # a database that is restarted comes back
                     output.tell(f"{error}; trying again")

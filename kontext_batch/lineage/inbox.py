@@ -108,6 +108,13 @@ def note_drop(conn: sa.Connection, drop_id: int, sha256: str) -> int | None:
     return run_id
 
 
+def is_answered(conn: sa.Connection, drop_id: int) -> bool:
+    """Whether the answers beside a drop are about it: no newer one has its stem."""
+    stem = sa.select(INBOX.stem).where(INBOX.id == drop_id).scalar_subquery()
+    newer = sa.select(INBOX.id).where(INBOX.stem == stem, INBOX.id > drop_id, INBOX.state.in_(SPEAKING))
+    return conn.scalar(newer.limit(1)) is None
+
+
 def settle_drop(conn: sa.Connection, drop_id: int, token: int, state: DropState, error: str) -> bool:
     """That no run comes of it, and why; False when the claim has moved on."""
     return _fenced(

@@ -150,6 +150,9 @@ class SqlRepository:
     def note_drop(self, drop_id: int, sha256: str) -> int | None:
         return self._db.write(inbox.note_drop, drop_id, sha256)
 
+    def is_answered(self, drop_id: int) -> bool:
+        return self._db.read(inbox.is_answered, drop_id)
+
     def settle_drop(self, drop_id: int, token: int, state: DropState, error: str) -> bool:
         return self._db.write(inbox.settle_drop, drop_id, token, state, error)
 

@@ -8,9 +8,13 @@ claimed ──▶ accepted ──▶ finished | cancelled      a run came of it;
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+
+from kontext_batch.errors import Problem
+from kontext_batch.recipes.loader import Recipe
 
 RECIPES = (".yaml", ".yml")
 BUNDLE = ".zip"
@@ -124,18 +128,57 @@ class Cancel:
     modified: datetime
 
 
-def is_drop(name: str) -> bool:
-    """Whether a file of that name is a recipe or a bundle, whatever it holds."""
-    lowered = name.lower()
-    return lowered.endswith((*RECIPES, BUNDLE)) and not lowered.startswith(".")
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An inbox of the settings, and what the recipes that come by it may do."""
+
+    prefix: str
+    """URI of a folder, ending in `/`."""
+    owner: str
+    budget: Mapping[str, float]
+    """Limit by the names of a recipe's budget; each must be given by a recipe, and not exceeded."""
+    readable: tuple[str, ...]
+    """URI prefixes, the inbox itself among them."""
+    writable: tuple[str, ...]
+
+    def holds(self, uri: str) -> bool:
+        """Whether that may be a drop of this inbox: hidden files and folders are none."""
+        inside = uri.removeprefix(self.prefix)
+        return inside != uri and not any(part.startswith(".") for part in inside.split("/"))
+
+    def problems(self, recipe: Recipe) -> list[Problem]:
+        """What this inbox asks of a recipe beyond being right."""
+        return list(self._problems(recipe))
+
+    def _problems(self, recipe: Recipe) -> Iterator[Problem]:
+        if not recipe.owner:
+            yield recipe.problem(("owner",), f"an owner is required here: write `owner: {self.owner}`")
+        elif recipe.owner != self.owner:
+            yield recipe.problem(("owner",), f"'{recipe.owner}' is not the owner of this inbox ('{self.owner}')")
+        given = recipe.budget.model_dump(exclude_none=True)
+        for name, limit in self.budget.items():
+            if name not in given:
+                told = f"a budget is required here: write `budget: {{{name}: N}}`, N up to {limit:g}"
+                yield recipe.problem(("budget",), told)
+            elif given[name] > limit:
+                yield recipe.problem(("budget", name), f"{given[name]:g}; recipes of this inbox have at most {limit:g}")
+
+
+def place_of(uri: str, places: tuple[Place, ...]) -> Place | None:
+    return next((place for place in places if place.holds(uri)), None)
+
+
+def is_drop(uri: str) -> bool:
+    """Whether a file of that name is a recipe or a bundle, whatever it holds. No answer has such a name."""
+    return uri.lower().endswith((*RECIPES, BUNDLE))
 
 
 def is_bundle(uri: str) -> bool:
     return uri.lower().endswith(BUNDLE)
 
 
-def is_cancel(name: str) -> bool:
-    return name.lower().endswith(CANCEL) and not name.startswith(".")
+def is_cancel(uri: str) -> bool:
+    return uri.lower().endswith(CANCEL)
 
 
 def stem_of(uri: str) -> str:

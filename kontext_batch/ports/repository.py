@@ -165,6 +165,10 @@ class Repository(Protocol):
         """That its bytes were read; returns the newest run that the same bytes have under the same name."""
         ...
 
+    def is_answered(self, drop_id: int) -> bool:
+        """Whether the answers beside a drop are about it: no newer one has its stem."""
+        ...
+
     def settle_drop(self, drop_id: int, token: int, state: DropState, error: str) -> bool:
         """That no run comes of a claimed drop, and why. False when the claim has moved on."""
         ...
