@@ -116,8 +116,14 @@ class Application:
         return Watcher(
             repository=self.repository,
             wake_ups=self.wake_ups,
-            store=self.store,
             places=self.places,
+            stores={
+                place.prefix: open_store([place.prefix], [place.prefix])
+                if place.prefix.startswith("file:")
+                else self.store
+                for place in self.places
+            },
+            objects=self.store,
             bundles=self.artifact_keys.bundles,
             limits=BundleLimits(max_bytes=settings.max_bundle_bytes, max_unpacked=settings.max_unpacked_bytes),
             settle_seconds=settings.inbox_settle_seconds,

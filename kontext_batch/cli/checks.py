@@ -61,6 +61,7 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if usable or settings.database_url is not None:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
         yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
+    yield from _inboxes(settings)
     yield from _models(settings.models_file)
     yield _device(settings)
 
@@ -89,6 +90,30 @@ def _store(objects: str | None, endpoint: str | None, region: str | None, worksp
     except KontextBatchError as error:
         return Check("store", False, str(error), "see that the place is there and may be written to")
     return Check("store", True, f"{place} can be written to")
+
+
+def _inboxes(settings: Settings) -> Iterator[Check]:
+    from kontext_batch.bootstrap import inbox_places
+    from kontext_batch.storage.router import open_store
+
+    try:
+        places = inbox_places(settings)
+    except KontextBatchError as error:
+        yield Check("inboxes", False, str(error), "mend the setting inboxes")
+        return
+    for place in places:
+        probe = f"{place.prefix}.doctor-{os.getpid()}.txt"  # hidden: nobody takes it for a recipe
+        try:
+            store = open_store(
+                [place.prefix], [place.prefix], s3_endpoint=settings.s3_endpoint, s3_region=settings.s3_region
+            )
+            next(store.list(place.prefix), None)
+            store.write(probe, b"doctor\n", media_type="text/plain")
+            store.delete(probe)
+        except KontextBatchError as error:
+            yield Check(f"inbox of {place.owner}", False, str(error), "answers are written there: let it be written to")
+        else:
+            yield Check(f"inbox of {place.owner}", True, f"{place.prefix} can be read and written to")
 
 
 def _models(file: Path) -> Iterator[Check]:

@@ -7,7 +7,7 @@ lost event loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -61,9 +61,11 @@ class Watcher:
 
     repository: Repository
     wake_ups: WakeUps
-    store: ObjectStore
-    """Reads and writes the inboxes, and writes `bundles`."""
     places: tuple[Place, ...]
+    stores: Mapping[str, ObjectStore]
+    """Prefix of an inbox -> a store that reaches no other inbox: a folder may hold symbolic links to anywhere."""
+    objects: ObjectStore
+    """Writes `bundles`."""
     bundles: str
     """URI of the folder, ending in `/`, that bundles are unpacked below, each under the hash of its bytes."""
     limits: BundleLimits
@@ -102,14 +104,14 @@ class Watcher:
         for uri in dict.fromkeys(uri for notice in notices for uri in notice.uris):
             if self._wanted(uri):
                 try:
-                    yield self.store.head(uri)
+                    yield self._store(uri).head(uri)
                 except KontextBatchError as error:  # gone again, or the store is away: listing finds it
                     log.info("an event tells of what is not to be had", uri=uri, error=str(error))
 
     def _listed(self) -> Iterator[ObjectInfo]:
         for place in self.places:
             try:
-                for each in self.store.list(place.prefix):
+                for each in self.stores[place.prefix].list(place.prefix):
                     if self._wanted(each.uri) and each.problem is None:
                         yield each
             except (InfrastructureError, NotAllowed, ObjectNotFound) as error:
@@ -117,6 +119,12 @@ class Watcher:
 
     def _wanted(self, uri: str) -> bool:
         return (inbox.is_drop(uri) or inbox.is_cancel(uri)) and inbox.place_of(uri, self.places) is not None
+
+    def _store(self, uri: str) -> ObjectStore:
+        """Of the inbox that holds it."""
+        place = inbox.place_of(uri, self.places)
+        assert place is not None, "only what an inbox holds is touched"
+        return self.stores[place.prefix]
 
     def _claimed(self, found: Iterable[ObjectInfo]) -> Iterator[ClaimedDrop]:
         """One at a time, oldest first: those of processes that were lost, then the new ones."""
@@ -184,7 +192,7 @@ class Watcher:
         """Raises `PlanRefused` for one that is too large, before it is read."""
         most = self.limits.max_bytes if inbox.is_bundle(drop.uri) else MAX_RECIPE_BYTES
         try:
-            return self.store.read(drop.uri, etag=drop.etag, max_bytes=most)
+            return self._store(drop.uri).read(drop.uri, etag=drop.etag, max_bytes=most)
         except StepError as error:
             kind = "bundle" if inbox.is_bundle(drop.uri) else "recipe"
             raise PlanRefused([f"a {kind} has at most {most} bytes"]) from error
@@ -205,7 +213,7 @@ class Watcher:
         bundle = Bundle(data, shown=shown, limits=self.limits)
         folder = f"{self.bundles}{sha256}/"
         for name, content in bundle.files():
-            self.store.write_if_absent(member_uri(folder, name), content, media_type="application/octet-stream")
+            self.objects.write_if_absent(member_uri(folder, name), content, media_type="application/octet-stream")
         recipe = member_uri(folder, bundle.recipe)
         return planner(place, (folder,)).from_recipe(recipe, shown=f"{shown}/{bundle.recipe}", check=check), notes
 
@@ -268,13 +276,13 @@ class Watcher:
     def _write(self, uri: str, data: bytes) -> None:
         """An answer that cannot lie there (a folder has its name) is left out: the run counts."""
         try:
-            self.store.write(uri, data, media_type=MEDIA_TYPES[uri[uri.rindex(".") :]])
+            self._store(uri).write(uri, data, media_type=MEDIA_TYPES[uri[uri.rindex(".") :]])
         except NotAllowed as error:
             log.warning("an answer cannot be written", uri=uri, error=str(error))
 
     def _delete(self, uri: str) -> None:
         try:
-            self.store.delete(uri)
+            self._store(uri).delete(uri)
         except NotAllowed as error:
             log.warning("an old answer cannot be removed", uri=uri, error=str(error))
 

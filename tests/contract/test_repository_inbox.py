@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,6 +18,13 @@ from kontext_batch.planning.states import RunState
 from tests.contract.plans import finish, make_plan, new_run, worker
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def sound(repository: SqlRepository) -> Iterator[None]:
+    """Whatever a test did, the rules of `lineage.verify` hold."""
+    yield
+    assert repository.verify() == []
 
 
 def found(name: str = "x.yaml", etag: str = "1", **values: Any) -> NewDrop:
@@ -196,3 +204,20 @@ def test_a_refused_drop_is_tried_again_when_asked(repository: SqlRepository) -> 
     for unknown in (99, "s3://b/in/z.yaml"):
         with pytest.raises(ObjectNotFound, match=f"no drop {unknown}"):
             repository.retry_drop(unknown)
+
+
+def test_a_drop_without_what_its_state_says_is_found(repository: SqlRepository, engine: sa.Engine) -> None:
+    start(repository, claim(repository, found()))
+    claim(repository, found("y.yaml"))
+    with engine.begin() as conn:
+        before = conn.execute(sa.select(t.inbox.c.id, t.inbox.c.run_id, t.inbox.c.claimed_until)).all()
+        conn.execute(sa.update(t.inbox).values(run_id=None, claimed_until=None))
+    assert sorted(each.rule for each in repository.verify()) == [
+        "a drop has a run just when it was accepted",
+        "a drop that is not settled is looked at again",
+        "a drop that is not settled is looked at again",
+    ]
+    with engine.begin() as conn:
+        for row in before:
+            back = sa.update(t.inbox).where(t.inbox.c.id == row.id)
+            conn.execute(back.values(run_id=row.run_id, claimed_until=row.claimed_until))

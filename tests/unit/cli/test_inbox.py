@@ -120,3 +120,14 @@ def test_settings_that_make_no_inbox_are_told(
     monkeypatch.setenv("KONTEXT_BATCH_INBOXES", inboxes)
     assert main.main(["inbox", "list"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_doctor_tries_whether_an_inbox_can_be_answered(inbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main.main(["doctor"])
+    assert (
+        f"ok   inbox of studio@acme.example: {file_uri(inbox)}/ can be read and written to" in capsys.readouterr().out
+    )
+    inbox.rename(inbox.with_name("elsewhere"))
+    inbox.write_text("no folder")
+    assert main.main(["doctor"]) == 1
+    assert "FAIL inbox of studio@acme.example: " in capsys.readouterr().out

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.inbox import DropState, Place
 from kontext_batch.planning.states import RunState
-from kontext_batch.ports import Notice
+from kontext_batch.ports import Notice, ObjectInfo
 from kontext_batch.registry import ModelEntry, Registry
 from kontext_batch.services.inbox import MAX_TRIES
 from kontext_batch.services.prepare import Planner
 from kontext_batch.settings import Inbox, InboxBudget, Settings
+from kontext_batch.storage.local import LocalStore
 from kontext_batch.storage.uris import file_uri
 from tests.unit.services.conftest import ToyEditor
 
@@ -212,9 +213,12 @@ def test_the_rest_of_the_world_is_out_of_reach(desk: Desk, tmp_path: Path) -> No
     (tmp_path / "brand.yaml").write_text("kind: brand\ncolors: {red: '#ff0000'}\n")
     desk.drop("x.yaml", desk.recipe + f"import: [{tmp_path}/brand.yaml]\n")
     os.symlink(tmp_path / "brand.yaml", desk.folder / "link.yaml")
+    os.symlink(desk.dam, desk.folder / "dam")  # where its recipes may write, and nobody drops any
+    (desk.dam / "z.yaml").write_text(desk.recipe)
     assert desk.settle() == []
     assert "may not be read" in desk.errors()
     assert [row.uri.rpartition("/")[2] for row in desk.repository.drops()] == ["x.yaml"]
+    assert [file.name for file in desk.dam.iterdir()] == ["z.yaml"]
 
 
 def test_answers_and_what_is_no_recipe_are_left_alone(desk: Desk) -> None:
@@ -350,19 +354,19 @@ def test_a_crash_around_any_answer_leads_to_one_run_and_all_answers(
     good, bad = desk.drop("x.yaml", desk.recipe), desk.drop("y.yaml", desk.recipe.replace("${clean}", "${claen}"))
     desk.tick()
     crashes = 0
-    real_write: Callable[..., Any] = desk.app.store.write
+    real_write = LocalStore.write
 
-    def write(uri: str, data: bytes, *, media_type: str) -> Any:
+    def write(self: LocalStore, uri: str, data: bytes, *, media_type: str) -> Any:
         nonlocal crashes
         if uri.endswith(ending):
             crashes += 1
             if crashes in (1, 3):
                 if after:
-                    real_write(uri, data, media_type=media_type)
+                    real_write(self, uri, data, media_type=media_type)
                 raise Killed
-        return real_write(uri, data, media_type=media_type)
+        return real_write(self, uri, data, media_type=media_type)
 
-    monkeypatch.setattr(desk.app.store, "write", write)
+    monkeypatch.setattr(LocalStore, "write", write)
     for _ in range(12):
         desk.hurry()
         try:
@@ -458,22 +462,21 @@ def test_a_watcher_that_was_thought_dead_starts_nothing(desk: Desk, monkeypatch:
     assert desk.states() == [DropState.ACCEPTED]
 
 
-def test_a_file_that_goes_or_changes_before_it_is_read(desk: Desk) -> None:
+def test_a_file_that_goes_or_changes_before_it_is_read(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = desk.drop("x.yaml", desk.recipe), desk.drop("y.yaml", desk.recipe)
     desk.tick()
     desk.hurry()
-    listed = desk.app.store.list
+    real_list = LocalStore.list
 
-    class Late(type(desk.app.store)):  # type: ignore[misc]
-        def list(self, prefix: str) -> Any:
-            found = list(listed(prefix))
-            one.unlink()
-            two.write_text(desk.recipe.replace("32x32", "16x16"))
-            return iter(found)
+    def late(self: LocalStore, prefix: str) -> Iterator[ObjectInfo]:
+        found = list(real_list(self, prefix))
+        one.unlink()
+        two.write_text(desk.recipe.replace("32x32", "16x16"))
+        return iter(found)
 
-    late = Late({})
-    late._stores = desk.app.store._stores  # type: ignore[attr-defined]
-    assert desk.tick(store=late) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "list", late)
+        assert desk.tick() == []
     assert desk.states()[:2] == [DropState.GONE, DropState.GONE]
     assert desk.settle() != []  # the changed one
 
@@ -489,7 +492,7 @@ def test_an_inbox_that_is_no_more_settles_what_was_begun(desk: Desk) -> None:
     desk.app.watcher().tick(silent)
     desk.hurry()
     other = replace(desk.app.places[0], prefix=file_uri(desk.dam) + "/")
-    assert desk.tick(places=(other,)) == []
+    assert desk.tick(places=(other,), stores={other.prefix: desk.app.store}) == []
     assert desk.states() == [DropState.REFUSED]
 
 

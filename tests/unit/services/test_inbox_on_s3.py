@@ -201,8 +201,7 @@ def test_watchers_at_once_start_one_run(bucket: Bucket) -> None:
 
 def test_a_recipe_that_is_replaced_after_it_was_listed_runs_as_it_is_then(bucket: Bucket) -> None:
     bucket.put("inbox/acme/x.yaml", RECIPE.replace("Remove", "Keep"))
-    watcher = bucket.app.watcher()
-    found = list(watcher.store.list("s3://drops/inbox/acme/"))
+    found = list(bucket.app.store.list("s3://drops/inbox/acme/"))
     bucket.put("inbox/acme/x.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Watcher, "_listed", lambda self: (each for each in found if each.uri.endswith(".yaml")))
