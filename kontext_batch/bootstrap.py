@@ -33,7 +33,7 @@ from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.keys import ObjectKeys
 from kontext_batch.storage.router import open_store
-from kontext_batch.storage.uris import file_uri
+from kontext_batch.storage.uris import file_path, file_uri
 
 WORKSPACE = "kontext-out"
 DATABASE = "kontext.db"
@@ -305,7 +305,9 @@ def inbox_places(settings: Settings) -> tuple[Place, ...]:
 
 
 def _folder_uri(prefix: str) -> str:
-    return prefix_uri(prefix).rstrip("/") + "/"
+    """Spelt as a store lists what lies in it."""
+    uri = prefix_uri(prefix)
+    return (file_uri(file_path(uri)) if uri.startswith("file:") else uri).rstrip("/") + "/"
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -12,8 +12,9 @@ from kontext_batch.cli.run import stopped_by_signals
 from kontext_batch.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from kontext_batch.bootstrap import Application
     from kontext_batch.planning.inbox import Place
     from kontext_batch.ports import RunSummary
 
@@ -136,6 +137,7 @@ def beat(
     """
     import threading
     from contextlib import ExitStack
+    from functools import cache
 
     from kontext_batch.errors import InfrastructureError
     from kontext_batch.services.maintain import reconcile
@@ -152,8 +154,14 @@ def beat(
                 def planner(uri: str, opened: ExitStack = opened) -> Planner:
                     return opened.enter_context(common.opened(workspace, source=uri)).planner()
 
-                def inbox_planner(place: Place, more: Sequence[str], opened: ExitStack = opened) -> Planner:
-                    return opened.enter_context(common.opened(workspace)).inbox_planner(place, more)
+                @cache
+                def fresh(opened: ExitStack = opened) -> Application:  # knows the models of now
+                    return opened.enter_context(common.opened(workspace))
+
+                def inbox_planner(
+                    place: Place, more: Sequence[str], fresh: Callable[[], Application] = fresh
+                ) -> Planner:
+                    return fresh().inbox_planner(place, more)
 
                 try:
                     reconcile(application.repository)

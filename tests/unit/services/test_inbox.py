@@ -533,6 +533,33 @@ def test_a_schedule_of_a_dropped_recipe_is_spoken_of(desk: Desk) -> None:
     assert "note: it runs now, once; its schedule is followed when" in (desk.folder / "x.plan.txt").read_text()
 
 
+def test_inboxes_take_turns_and_no_tick_takes_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kontext_batch.services.inbox.MOST_STARTS", 3)
+    other = desk.folder.with_name("globex")
+    other.mkdir()
+    for number in range(4):
+        desk.drop(f"{number}.yaml", desk.recipe + f"# {number}\n")
+    (other / "late.yaml").write_text(desk.recipe)
+    places = (desk.app.places[0], replace(desk.app.places[0], prefix=file_uri(other) + "/"))
+    stores = {place.prefix: desk.app.watcher().stores[places[0].prefix] for place in places}
+    stores[places[1].prefix] = LocalStore([places[1].prefix], [places[1].prefix])
+    desk.tick(places=places, stores=stores, settle_seconds=0.0)
+    told = [row.uri.rpartition("/")[2] for row in reversed(desk.repository.drops())]
+    assert told == ["0.yaml", "late.yaml", "1.yaml"]
+    desk.tick(places=places, stores=stores, settle_seconds=0.0)
+    assert len(desk.repository.drops()) == 5
+
+
+def test_a_prefix_is_spelt_as_files_are_listed() -> None:
+    budget = InboxBudget(outputs=1)
+    inbox = Inbox(prefix="file:///srv/In box", owner="o", budget=budget, write=("s3://dam",))
+    [place] = inbox_places(Settings(inboxes=(inbox,)))
+    assert place.prefix == "file:///srv/In%20box/"
+    assert place.holds("file:///srv/In%20box/deep/x.yaml")
+    assert not place.holds("file:///srv/In%20box/.git/x.yaml")
+    assert not place.holds("file:///srv/In%20box.yaml")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
