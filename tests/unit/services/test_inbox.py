@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from PIL import Image
 
 from kontext_batch.bootstrap import Application, inbox_places, open_application
-from kontext_batch.errors import InfrastructureError, SettingsError
+from kontext_batch.errors import InfrastructureError, NotAllowed, SettingsError
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.repository import SqlRepository
@@ -460,6 +460,22 @@ def test_a_watcher_that_was_thought_dead_starts_nothing(desk: Desk, monkeypatch:
     assert desk.app.watcher().tick(slow) == []
     assert len(desk.repository.runs()) == 1
     assert desk.states() == [DropState.ACCEPTED]
+
+
+def test_a_slow_refusal_does_not_lie_over_the_answers_of_a_newer_file(desk: Desk) -> None:
+    desk.drop("x.yaml", desk.recipe)
+    desk.tick()
+    desk.hurry()
+
+    def slow(place: Place, more: Sequence[str]) -> Planner:
+        desk.drop("x.yaml", desk.recipe.replace("32x32", "16x16"))
+        assert desk.tick(settle_seconds=0.0) == [1]
+        raise NotAllowed("what it reads is not allowed")
+
+    assert desk.app.watcher().tick(slow) == []
+    assert desk.states() == [DropState.REFUSED, DropState.ACCEPTED]
+    assert (desk.status()["state"], desk.status()["run"]) == ("running", 1)
+    assert "x.errors.txt" not in desk.names()
 
 
 def test_a_file_that_goes_or_changes_before_it_is_read(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
