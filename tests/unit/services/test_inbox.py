@@ -210,9 +210,10 @@ def test_what_an_inbox_does_not_allow_is_refused(desk: Desk, tmp_path: Path, old
 
 
 def test_the_rest_of_the_world_is_out_of_reach(desk: Desk, tmp_path: Path) -> None:
-    (tmp_path / "brand.yaml").write_text("kind: brand\ncolors: {red: '#ff0000'}\n")
-    desk.drop("x.yaml", desk.recipe + f"import: [{tmp_path}/brand.yaml]\n")
-    os.symlink(tmp_path / "brand.yaml", desk.folder / "link.yaml")
+    brand = tmp_path / "ws" / "brand.yaml"  # of the workspace, which the watcher itself may read
+    brand.write_text("kind: brand\ncolors: {red: '#ff0000'}\n")
+    desk.drop("x.yaml", desk.recipe + f"import: [{brand}]\n")
+    os.symlink(brand, desk.folder / "link.yaml")
     os.symlink(desk.dam, desk.folder / "dam")  # where its recipes may write, and nobody drops any
     (desk.dam / "z.yaml").write_text(desk.recipe)
     assert desk.settle() == []
