@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,14 @@ from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.operations.pictures import probe
 from kontext_batch.operations.registry import PillowOperations
+from kontext_batch.planning.inbox import Place
 from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.planning.plan import OPERATIONS_LANE
-from kontext_batch.ports import ContentFilter, ModelRow, ObjectStore, WakeUps, WorkerInfo
+from kontext_batch.ports import ContentFilter, ModelRow, ObjectEvents, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import SHIPPED, ModelEntry, Registry, shipped_folder, signature
+from kontext_batch.services.bundles import BundleLimits
 from kontext_batch.services.execute import Executor
+from kontext_batch.services.inbox import Watcher
 from kontext_batch.services.look import Looker
 from kontext_batch.services.prepare import Planner
 from kontext_batch.services.turns import Turns
@@ -84,6 +87,8 @@ class Application:
     content_filter: ContentFilter | None
     readable: tuple[str, ...]
     writable: tuple[str, ...]
+    places: tuple[Place, ...]
+    """The inboxes; `store` reads and writes them, and what their recipes may."""
     database_url: str
     """Of the workspace, whether it is there yet or not."""
     aside: TemporaryDirectory[str] | None = None
@@ -99,20 +104,48 @@ class Application:
         if self.aside is None:
             return
         records = self.repository.inputs(looked_at)
-        self.close()
+        self._close_database()
         self.repository = _repository(self.database_url, self.registry)
         self.repository.remember_inputs(list(records.values()))
 
     def planner(self) -> Planner:
         """Plans recipes against this workspace."""
+        return self._planner(self.store, self.readable, self.writable)
+
+    def inbox_planner(self, place: Place, more: Sequence[str]) -> Planner:
+        """Plans recipes that came by an inbox: they read what is allowed there, and `more`, and write what is."""
+        readable = (*place.readable, *more)
+        return self._planner(_store(self.settings, readable, place.writable), readable, place.writable)
+
+    def watcher(self) -> Watcher:
+        """Watches the inboxes of the settings."""
+        settings = self.settings
+        return Watcher(
+            repository=self.repository,
+            wake_ups=self.wake_ups,
+            places=self.places,
+            stores={
+                place.prefix: open_store([place.prefix], [place.prefix])
+                if place.prefix.startswith("file:")
+                else self.store
+                for place in self.places
+            },
+            objects=self.store,
+            bundles=self.artifact_keys.bundles,
+            limits=BundleLimits(max_bytes=settings.max_bundle_bytes, max_unpacked=settings.max_unpacked_bytes),
+            settle_seconds=settings.inbox_settle_seconds,
+            events=_events(settings),
+        )
+
+    def _planner(self, store: ObjectStore, readable: tuple[str, ...], writable: tuple[str, ...]) -> Planner:
         entries = self.registry.models
         return Planner(
             looker=Looker(
-                self.store,
+                store,
                 self.repository,
                 partial(probe, max_pixels=self.settings.max_pixels),
                 self.settings.max_input_bytes,
-                self.readable,
+                readable,
             ),
             repository=self.repository,
             models={
@@ -128,10 +161,11 @@ class Application:
                 if not entry.as_registered()
             },
             has_filter=self.content_filter is not None,
-            writable=self.writable,
+            writable=writable,
             kept_prefixes=(
                 f"{file_uri(self.workspace / DATABASE)}",  # and -wal, -shm
                 self.artifact_keys.prefix.rstrip("/"),
+                self.artifact_keys.bundles.rstrip("/"),
             ),
             count_tokens=lambda model, prompt: editor.count_tokens(entries[model].path, prompt),
             numeric_mode=editor.numeric_mode(self.settings.device, self.settings.dtype),
@@ -194,8 +228,11 @@ class Application:
 
     def close(self) -> None:
         """Give the connections to database and broker back."""
-        self.repository.close()
+        self._close_database()
         self.wake_ups.close()
+
+    def _close_database(self) -> None:
+        self.repository.close()
         if self.aside is not None:
             self.aside.cleanup()
             self.aside = None
@@ -237,11 +274,12 @@ def open_application(
         migrate.check(url)
         repository = SqlRepository(url)
     keys = ObjectKeys(objects)
-    store = open_store(
-        [*readable, objects],
-        [*writable, objects],
-        s3_endpoint=settings.s3_endpoint,
-        s3_region=settings.s3_region,
+    places = inbox_places(settings)
+    dropped = [place.prefix for place in places]
+    store = _store(
+        settings,
+        [*readable, objects, *(prefix for place in places for prefix in place.readable)],
+        [*writable, objects, *dropped, *(prefix for place in places for prefix in place.writable)],
     )
     if settings.database_url is None and not settings.objects:
         _follow_move(repository, store, keys)
@@ -256,9 +294,55 @@ def open_application(
         content_filter=CommandFilter(settings.content_filter) if settings.content_filter else None,
         readable=readable,
         writable=writable,
+        places=places,
         database_url=url,
         aside=aside,
     )
+
+
+def _store(settings: Settings, readable: Iterable[str], writable: Iterable[str]) -> StoreRouter:
+    return open_store(readable, writable, s3_endpoint=settings.s3_endpoint, s3_region=settings.s3_region)
+
+
+def _events(settings: Settings) -> ObjectEvents | None:
+    if settings.inbox_queue is None:
+        return None
+    from kontext_batch.storage.events import SqsEvents  # here, as boto3 is in `open_store`
+
+    return SqsEvents(settings.inbox_queue, region=settings.s3_region)
+
+
+def inbox_places(settings: Settings) -> tuple[Place, ...]:
+    """The inboxes of the settings. Raises `SettingsError` for one that could feed itself or another."""
+    places = tuple(
+        Place(
+            prefix=_folder_uri(each.prefix),
+            owner=each.owner,
+            budget=each.budget.model_dump(exclude_none=True),
+            readable=(_folder_uri(each.prefix), *map(prefix_uri, each.read)),
+            writable=tuple(map(prefix_uri, each.write)),
+        )
+        for each in settings.inboxes
+    )
+    for number, place in enumerate(places):
+        for other in places[:number]:
+            if _overlap(place.prefix, other.prefix):
+                raise SettingsError(f"inboxes: {place.prefix} and {other.prefix} lie in one another")
+        for written in (uri for other in places for uri in other.writable):
+            if _overlap(place.prefix, written):
+                raise SettingsError(f"inboxes: recipes may not write where recipes are dropped ({written})")
+    return places
+
+
+def _folder_uri(prefix: str) -> str:
+    """Spelt as a store lists what lies in it."""
+    uri = prefix_uri(prefix)
+    return (file_uri(file_path(uri)) if uri.startswith("file:") else uri).rstrip("/") + "/"
+
+
+def _overlap(one: str, other: str) -> bool:
+    one, other = one.rstrip("/") + "/", other.rstrip("/") + "/"
+    return one.startswith(other) or other.startswith(one)
 
 
 def _follow_move(repository: SqlRepository, store: ObjectStore, keys: ObjectKeys) -> None:

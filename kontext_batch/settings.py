@@ -10,11 +10,21 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from platformdirs import user_config_path
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableVariable
 
@@ -22,6 +32,37 @@ from kontext_batch.errors import SettingsError
 
 CONFIG_VARIABLE = "KONTEXT_BATCH_CONFIG"
 DEFAULT_CONFIG = Path("kontext-batch.yaml")
+
+
+class InboxBudget(BaseModel):
+    """What the `budget` of a dropped recipe must give, and may not exceed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpu_minutes: NonNegativeFloat | None = None
+    outputs: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Self:
+        if self.gpu_minutes is None and self.outputs is None:
+            raise ValueError("a limit is needed: gpu_minutes, outputs or both")
+        return self
+
+
+class Inbox(BaseModel):
+    """A place that people drop recipes into, and what those may do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefix: str = Field(min_length=1)
+    """`s3://bucket/inbox/acme/` or a folder; recipes may read what lies in it."""
+    owner: str = Field(min_length=1)
+    """Which `owner` recipes that come by it must name."""
+    budget: InboxBudget
+    read: tuple[str, ...] = ()
+    """Prefixes that its recipes may read besides; those of `read_prefixes` are not among them."""
+    write: tuple[str, ...] = Field(min_length=1)
+    """Prefixes that its recipes may deliver to."""
 
 
 class Settings(BaseSettings):
@@ -71,6 +112,17 @@ class Settings(BaseSettings):
     """Command that reads an image on standard input and exits 0 when it may be delivered."""
     gpu_seconds_per_image: PositiveFloat | None = None
     """Estimate for lanes without past timings; left out, such lanes count as unknown."""
+
+    inboxes: tuple[Inbox, ...] = ()
+    """Places that `workers beat` watches."""
+    inbox_queue: str | None = None
+    """URL of the SQS queue that the inboxes' buckets tell of new objects; without it, listing finds them too."""
+    inbox_settle_seconds: NonNegativeFloat = 2.0
+    """How long a file of a folder must stay as it is before it is read; a bucket shows no half files."""
+    max_bundle_bytes: PositiveInt = 100 * 10**6
+    """Largest `.zip` that is taken from an inbox."""
+    max_unpacked_bytes: PositiveInt = 500 * 10**6
+    """Most bytes that one `.zip` unpacks to."""
 
     @classmethod
     def settings_customise_sources(

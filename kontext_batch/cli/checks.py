@@ -63,6 +63,7 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
         yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
     if settings.broker_url is not None:
         yield _broker(settings.broker_url)
+    yield from _inboxes(settings)
     yield from _models(settings.models_file)
     yield _device(settings)
 
@@ -100,6 +101,30 @@ def _broker(url: str) -> Check:
         return Check("broker", True, f"{check_broker(url)} answers")
     except KontextBatchError as error:
         return Check("broker", False, str(error), "see that the server runs and that broker_url names it")
+
+
+def _inboxes(settings: Settings) -> Iterator[Check]:
+    from kontext_batch.bootstrap import inbox_places
+    from kontext_batch.storage.router import open_store
+
+    try:
+        places = inbox_places(settings)
+    except KontextBatchError as error:
+        yield Check("inboxes", False, str(error), "mend the setting inboxes")
+        return
+    for place in places:
+        probe = f"{place.prefix}.doctor-{os.getpid()}.txt"  # hidden: nobody takes it for a recipe
+        try:
+            store = open_store(
+                [place.prefix], [place.prefix], s3_endpoint=settings.s3_endpoint, s3_region=settings.s3_region
+            )
+            next(store.list(place.prefix), None)
+            store.write(probe, b"doctor\n", media_type="text/plain")
+            store.delete(probe)
+        except KontextBatchError as error:
+            yield Check(f"inbox of {place.owner}", False, str(error), "answers are written there: let it be written to")
+        else:
+            yield Check(f"inbox of {place.owner}", True, f"{place.prefix} can be read and written to")
 
 
 def _models(file: Path) -> Iterator[Check]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kontext_batch.cli import common, output
 from kontext_batch.cli.run import on_signals, stopped_by_signals
 from kontext_batch.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kontext_batch.bootstrap import Application
+    from kontext_batch.planning.inbox import Place
 
 db = typer.Typer(name="db", help="The database.", no_args_is_help=True, rich_markup_mode=None)
 workers = typer.Typer(name="workers", help="Processes that compute.", no_args_is_help=True, rich_markup_mode=None)
@@ -135,14 +141,15 @@ def beat(
     workspace: common.WorkspaceOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
 ) -> None:
-    """Fire schedules, return what lost workers held, and ring again for what is ready, until stopped.
+    """Fire schedules, watch inboxes, return what lost workers held and ring for what is ready, until stopped.
 
-    Several may run at once: each time of a schedule becomes one run.
+    Several may run at once: each time of a schedule, and each dropped recipe, becomes one run.
 
     Example: kontext-batch workers beat --workspace kontext-out
     """
     import threading
     from contextlib import ExitStack
+    from functools import cache
 
     from kontext_batch.errors import InfrastructureError
     from kontext_batch.services.maintain import reconcile
@@ -152,16 +159,28 @@ def beat(
     stopping = threading.Event()
     output.tell("beating; Ctrl-C stops")
     with stopped_by_signals(stopping), common.opened(workspace) as application:
+        watcher = application.watcher()
         while not stopping.is_set():
             with ExitStack() as opened:
 
                 def planner(uri: str, opened: ExitStack = opened) -> Planner:
                     return opened.enter_context(common.opened(workspace, source=uri)).planner()
 
+                @cache
+                def fresh(opened: ExitStack = opened) -> Application:  # knows the models of now
+                    return opened.enter_context(common.opened(workspace))
+
+                def inbox_planner(
+                    place: Place, more: Sequence[str], fresh: Callable[[], Application] = fresh
+                ) -> Planner:
+                    return fresh().inbox_planner(place, more)
+
                 try:
                     reconcile(application.repository)
                     application.wake_ups.wake(application.repository.waiting_lanes())
                     for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
+                        output.tell(f"run {run_id}")
+                    for run_id in watcher.tick(inbox_planner):
                         output.tell(f"run {run_id}")
                 except InfrastructureError as error:  # a database that is restarted comes back
                     output.tell(f"{error}; trying again")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import claim, commit, deliveries, garbage, moving, queries, runs, schedules, submit
+from kontext_batch.lineage import claim, commit, deliveries, garbage, inbox, moving, queries, runs, schedules, submit
 from kontext_batch.lineage.engine import Transactions, open_database
 from kontext_batch.lineage.verify import Violation, verify
+from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropRow, DropState, NewDrop
 from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
@@ -70,8 +71,15 @@ class SqlRepository:
 
     # ---- runs
 
-    def create_run(self, run: NewRun, plan: Plan, *, fire: tuple[int, int] | None = None) -> int:
-        return self._db.write(submit.create_run, run, plan, fire)
+    def create_run(
+        self,
+        run: NewRun,
+        plan: Plan,
+        *,
+        fire: tuple[int, int] | None = None,
+        drop: tuple[int, int] | None = None,
+    ) -> int:
+        return self._db.write(submit.create_run, run, plan, fire, drop)
 
     def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None) -> int:
         return self._db.write(runs.retry_run, run_id, keys=None if keys is None else list(keys))
@@ -128,6 +136,48 @@ class SqlRepository:
 
     def scheduled_runs(self) -> Sequence[ScheduledRun]:
         return self._db.read(schedules.scheduled_runs)
+
+    # ---- inbox
+
+    def claimable_drops(self, found: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+        return self._db.read(inbox.claimable_drops, found) if found else []
+
+    def claim_drop(self, new: NewDrop, *, seconds: float) -> ClaimedDrop | None:
+        return self._db.write(inbox.claim_drop, new, seconds=seconds)
+
+    def claim_lost_drop(self, *, seconds: float) -> ClaimedDrop | None:
+        return self._db.write(inbox.claim_lost_drop, seconds=seconds) if self._db.read(inbox.any_lost_drop) else None
+
+    def note_drop(self, drop_id: int, sha256: str) -> int | None:
+        return self._db.write(inbox.note_drop, drop_id, sha256)
+
+    def is_answered(self, drop_id: int) -> bool:
+        return self._db.read(inbox.is_answered, drop_id)
+
+    def settle_drop(self, drop_id: int, token: int, state: DropState, error: str) -> bool:
+        return self._db.write(inbox.settle_drop, drop_id, token, state, error)
+
+    def postpone_drop(self, drop_id: int, token: int, *, seconds: float, blame: bool) -> bool:
+        return self._db.write(inbox.postpone_drop, drop_id, token, seconds=seconds, blame=blame)
+
+    def claim_answers(self, *, limit: int, seconds: float) -> Sequence[AnsweredDrop]:
+        if not self._db.read(inbox.any_answer_due):
+            return []
+        return self._db.write(inbox.claim_answers, limit=limit, seconds=seconds)
+
+    def settle_answer(self, drop_id: int, token: int, state: DropState, answer: str | None, *, seconds: float) -> bool:
+        return self._db.write(inbox.settle_answer, drop_id, token, state, answer, seconds=seconds)
+
+    def cancel_drops(self, cancels: Sequence[Cancel]) -> Sequence[int]:
+        if not cancels or not self._db.read(inbox.cancellable, sorted({each.stem for each in cancels})):
+            return []
+        return self._db.write(inbox.cancel_drops, cancels)
+
+    def drops(self, *, limit: int = 50) -> Sequence[DropRow]:
+        return self._db.read(inbox.drops, limit=limit)
+
+    def retry_drop(self, drop: int | str) -> DropRow:
+        return self._db.write(inbox.retry_drop, drop)
 
     # ---- workers
 

@@ -11,6 +11,7 @@ from kontext_batch.hashing import canonical_json
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import charge, collected, put_back
+from kontext_batch.lineage.inbox import taken_by
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.schedules import started_by
 from kontext_batch.lineage.sql import among, axes_text, bulk_insert, now
@@ -22,11 +23,19 @@ ANALYZE_FROM = 1000
 """Steps from which PostgreSQL is told to look at the tables anew: it plans badly for tables that it takes for empty."""
 
 
-def create_run(conn: sa.Connection, run: NewRun, plan: Plan, fire: tuple[int, int] | None = None) -> int:
+def create_run(
+    conn: sa.Connection,
+    run: NewRun,
+    plan: Plan,
+    fire: tuple[int, int] | None = None,
+    drop: tuple[int, int] | None = None,
+) -> int:
     lock_graph(conn, alone=True)
     run_id = _insert_run(conn, run)
     if fire is not None and not started_by(conn, *fire, run_id):
         raise LeaseLost("another process has taken over this time of the schedule")
+    if drop is not None and not taken_by(conn, *drop, run_id):
+        raise LeaseLost("another process has taken over this dropped recipe")
     place = {step.key: index for index, step in enumerate(plan.steps)}
     parents = [[place[each.parent] for each in step.inputs if each.parent is not None] for step in plan.steps]
     found = known_steps(conn, place)

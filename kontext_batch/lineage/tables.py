@@ -329,3 +329,30 @@ fires = sa.Table(
 )
 _claimed = fires.c.state == sa.literal_column("'claimed'")
 sa.Index("ix_fires_claimed", fires.c.claimed_until, sqlite_where=_claimed, postgresql_where=_claimed)
+
+inbox = sa.Table(
+    "inbox",
+    metadata,
+    _id(),
+    sa.Column("uri", sa.Text, nullable=False),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("stem", sa.Text, nullable=False),  # the URI without its ending: that of the answers
+    sa.Column("modified", UtcTime, nullable=False),  # by the clock of its store
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # planning.inbox.DropState
+    sa.Column("token", sa.Integer, nullable=False),  # grows with each claim: the fence
+    sa.Column("claimed_until", UtcTime),  # of a seen one when it may be claimed, of an accepted one its next answer
+    sa.Column("tries", sa.Integer, nullable=False),
+    sa.Column("sha256", sa.Text),  # of its bytes, once they were read
+    _ref("run_id", "runs.id", nullable=True),
+    sa.Column("error", sa.Text),
+    sa.Column("answer", sa.Text),  # hash of the status that was written last
+    sa.Column("cancelled_by", sa.Text),  # mark of the file that cancelled its run
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("answered", UtcTime),
+    sa.UniqueConstraint("uri", "etag"),
+    sa.Index(None, "stem", "id"),
+    sa.Index(None, "run_id"),
+)
+_busy = inbox.c.state.in_([sa.literal_column(f"'{state}'") for state in ("accepted", "claimed")])
+sa.Index("ix_inbox_busy", inbox.c.claimed_until, sqlite_where=_busy, postgresql_where=_busy)

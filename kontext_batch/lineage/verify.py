@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.sql import exists, in_state, now, seconds_between
+from kontext_batch.planning.inbox import ENDED, DropState
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
 
 STEPS, EDGES, ATTEMPTS, OUTPUTS = t.steps.c, t.edges.c, t.attempts.c, t.step_outputs.c
@@ -46,6 +47,7 @@ def _rules(overdue_seconds: float | None) -> Iterator[tuple[str, str, sa.Select[
     yield from _results()
     yield from _leases(overdue_seconds)
     yield from _runs()
+    yield from _inbox()
     yield from _objects()
 
 
@@ -208,6 +210,22 @@ def _runs() -> Iterator[tuple[str, str, sa.Select[Any]]]:
         "what an open run has still to deliver is there",
         "deliveries",
         each.where(deliveries.state == "pending", wanting, gone),
+    )
+
+
+def _inbox() -> Iterator[tuple[str, str, sa.Select[Any]]]:
+    drops = t.inbox.c
+    with_run = drops.state.in_((DropState.ACCEPTED, *ENDED))
+    yield (
+        "a drop has a run just when it was accepted",
+        "inbox",
+        sa.select(drops.id).where(with_run != drops.run_id.is_not(None)),
+    )
+    watched = drops.state.in_((DropState.SEEN, DropState.CLAIMED, DropState.ACCEPTED))
+    yield (
+        "a drop that is not settled is looked at again",
+        "inbox",
+        sa.select(drops.id).where(watched, drops.claimed_until.is_(None)),
     )
 
 

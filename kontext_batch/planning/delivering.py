@@ -109,7 +109,7 @@ class Delivering:
             self._tell(text.path, f"{path} is a folder; a file's name is wanted")
         elif not uris.allowed(path, self.allowed):
             places = ", ".join(self.allowed or ()) or "nothing"
-            more = "the setting write_prefixes (KONTEXT_BATCH_WRITE_PREFIXES) allows more"
+            more = "the setting write_prefixes (KONTEXT_BATCH_WRITE_PREFIXES), or `write` of an inbox, allows more"
             self._tell(text.path, f"{path} lies outside of what this recipe may write ({places}); {more}")
         elif file in sources:
             self._tell(text.path, f"{path} is an input of this recipe: it would be overwritten")

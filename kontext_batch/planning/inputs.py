@@ -296,7 +296,7 @@ def _place(
 def _check_allowed(uri: str, allowed: Sequence[str] | None) -> None:
     if not uris.allowed(uris.literal_prefix(uri), allowed):
         places = ", ".join(allowed or ()) or "nothing"
-        more = "the setting read_prefixes (KONTEXT_BATCH_READ_PREFIXES) allows more"
+        more = "the setting read_prefixes (KONTEXT_BATCH_READ_PREFIXES), or `read` of an inbox, allows more"
         raise ValueError(f"{uri} lies outside of what this recipe may read ({places}); {more}")
 
 

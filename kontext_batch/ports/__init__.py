@@ -17,6 +17,8 @@ from kontext_batch.ports.computing import (
 )
 from kontext_batch.ports.objects import (
     Folder,
+    Notice,
+    ObjectEvents,
     ObjectInfo,
     ObjectStore,
 )
@@ -67,6 +69,8 @@ __all__ = [
     "MadePicture",
     "ModelRow",
     "NewRun",
+    "Notice",
+    "ObjectEvents",
     "ObjectInfo",
     "ObjectStore",
     "OnStep",

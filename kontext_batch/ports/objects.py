@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -77,4 +77,26 @@ class ObjectStore(Protocol):
         `write`: whether something is to be put there. Raises `NotAllowed`, `StorageReadOnly` or `InfrastructureError`
         where it is plain by now that this cannot be; a store that has no folders finds nothing against it.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A message that something was put somewhere."""
+
+    handle: str
+    """What the queue knows it by."""
+    uris: tuple[str, ...]
+    """None in a message that says nothing of use."""
+
+
+class ObjectEvents(Protocol):
+    """Tells of new objects, soon, at least once and in any order, or not at all: whoever needs them all lists too."""
+
+    def receive(self) -> Sequence[Notice]:
+        """What came since; a notice that is not forgotten comes again. Raises `InfrastructureError`."""
+        ...
+
+    def forget(self, notices: Sequence[Notice]) -> None:
+        """They were acted on. Raises `InfrastructureError`."""
         ...

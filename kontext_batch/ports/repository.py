@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropRow, DropState, NewDrop
 from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
@@ -56,7 +57,14 @@ class Repository(Protocol):
 
     # ---- runs
 
-    def create_run(self, run: NewRun, plan: Plan, *, fire: tuple[int, int] | None = None) -> int:
+    def create_run(
+        self,
+        run: NewRun,
+        plan: Plan,
+        *,
+        fire: tuple[int, int] | None = None,
+        drop: tuple[int, int] | None = None,
+    ) -> int:
         """Store run, steps, edges, run_steps and deliveries in one transaction; returns the run's id.
 
         A key that is known and live or done makes no new row (this run may become its account); one that is failed,
@@ -64,7 +72,7 @@ class Repository(Protocol):
         losses at 0.
 
         `fire`: (id, token) of the time of a schedule that this run is of; noted in the same transaction, so that a time
-        has one run. Raises `LeaseLost` when its claim has moved on.
+        has one run; `drop`: likewise of a dropped recipe. Raises `LeaseLost` when its claim has moved on.
         """
         ...
 
@@ -138,6 +146,62 @@ class Repository(Protocol):
 
     def scheduled_runs(self) -> Sequence[ScheduledRun]:
         """Open runs that schedules have started, oldest first."""
+        ...
+
+    # ---- inbox
+
+    def claimable_drops(self, found: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+        """Those of the (URI, ETag) pairs that nobody has acted on, nor acts on now, in their order."""
+        ...
+
+    def claim_drop(self, new: NewDrop, *, seconds: float) -> ClaimedDrop | None:
+        """Claim it for so long; None when another process has it, or it may still be being written."""
+        ...
+
+    def claim_lost_drop(self, *, seconds: float) -> ClaimedDrop | None:
+        """The oldest drop whose process was lost over it, or put it off until now; None when there is none."""
+        ...
+
+    def note_drop(self, drop_id: int, sha256: str) -> int | None:
+        """That its bytes were read; returns the newest run that the same bytes have under the same name."""
+        ...
+
+    def is_answered(self, drop_id: int) -> bool:
+        """Whether the answers beside a drop are about it: no newer one has its stem."""
+        ...
+
+    def settle_drop(self, drop_id: int, token: int, state: DropState, error: str) -> bool:
+        """That no run comes of a claimed drop, and why. False when the claim has moved on."""
+        ...
+
+    def postpone_drop(self, drop_id: int, token: int, *, seconds: float, blame: bool) -> bool:
+        """Let a claimed drop be tried again in so long; `blame`: whether this try counts against it."""
+        ...
+
+    def claim_answers(self, *, limit: int, seconds: float) -> Sequence[AnsweredDrop]:
+        """Accepted drops whose answers are due, at most `limit`; nobody else looks at them for so long."""
+        ...
+
+    def settle_answer(self, drop_id: int, token: int, state: DropState, answer: str | None, *, seconds: float) -> bool:
+        """That the answers are written; while `state` is accepted, they are due again in `seconds`.
+
+        False when another process has looked meanwhile: then all answers are due again.
+        """
+        ...
+
+    def cancel_drops(self, cancels: Sequence[Cancel]) -> Sequence[int]:
+        """Cancel the open runs of drops that are no newer than these files; each file does it once. Returns runs."""
+        ...
+
+    def drops(self, *, limit: int = 50) -> Sequence[DropRow]:
+        """Newest first."""
+        ...
+
+    def retry_drop(self, drop: int | str) -> DropRow:
+        """Let a drop without a run be acted on anew, by its number or the newest of a URI; returns it as it was.
+
+        Raises `ObjectNotFound`, and `SettingsError` when there is nothing to be tried again.
+        """
         ...
 
     # ---- workers

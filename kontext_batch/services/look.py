@@ -34,10 +34,13 @@ class Looker:
     readable: tuple[str, ...]
     """Prefixes that recipes may read."""
 
-    def recipe(self, uri: str, *, shown: str) -> tuple[Recipe, str]:
-        """The recipe at `uri` and its text; `shown` is how problems name it. Raises `RecipeError`."""
+    def recipe(self, uri: str, *, shown: str, data: bytes | None = None) -> tuple[Recipe, str]:
+        """The recipe at `uri` and its text; `shown` is how problems name it. Raises `RecipeError`.
+
+        `data`: its bytes, where they were read already.
+        """
         try:
-            data = self.store.read(uri, max_bytes=MAX_RECIPE_BYTES)
+            data = self.store.read(uri, max_bytes=MAX_RECIPE_BYTES) if data is None else data
         except ObjectNotFound as error:
             raise RecipeError([Problem(shown, 0, 0, "", "there is no such file")]) from error
         except StepError as error:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from kontext_batch.errors import NotAllowed, PlanRefused
+from kontext_batch.errors import NotAllowed, PlanRefused, Problem, RecipeError
 from kontext_batch.planning import uris
 from kontext_batch.planning.explain import Explained, explain
 from kontext_batch.planning.inputs import wanted_tables
@@ -76,13 +76,18 @@ class Planner:
         selection: Selection | None = None,
         takes: Mapping[InstanceId, int] | None = None,
         within: Set[InstanceId] | None = None,
+        data: bytes | None = None,
+        check: Callable[[Recipe], Sequence[Problem]] | None = None,
     ) -> Prepared:
         """Plan the recipe at `uri`. Raises `RecipeError` and `PlanRefused` (too many instances).
 
-        `within`: the instances of an earlier run; nothing is planned that it did not have.
+        `within`: the instances of an earlier run; nothing is planned that it did not have. `data`: the recipe's bytes,
+        where they were read already. `check`: what else is wrong with a recipe, before anything that it names is read.
         """
         chosen = selection or Selection()
-        recipe, text = self.looker.recipe(uri, shown=shown)
+        recipe, text = self.looker.recipe(uri, shown=shown, data=data)
+        if check is not None and (problems := check(recipe)):
+            raise RecipeError(problems)
         base = base_of(uri)
         previous = self.repository.latest_instances(recipe.name)
         listed = self.looker.listed(recipe, base)
@@ -199,10 +204,11 @@ def submit(
     trigger: str,
     priority: int = 0,
     fire: tuple[int, int] | None = None,
+    drop: tuple[int, int] | None = None,
 ) -> int:
     """Store the run and ring the workers; returns the run's id. Raises `PlanRefused` with everything against it.
 
-    `fire`: as of `Repository.create_run`.
+    `fire` and `drop`: as of `Repository.create_run`.
     """
     if prepared.refusals:
         raise PlanRefused(prepared.refusals)
@@ -218,7 +224,7 @@ def submit(
         selection={"only": {k: list(v) for k, v in prepared.selection.only.items()}, "limit": prepared.selection.limit},
         budget=dict(plan.budget),
     )
-    run_id = repository.create_run(run, plan, fire=fire)
+    run_id = repository.create_run(run, plan, fire=fire, drop=drop)
     lanes: dict[str, int] = {}
     for step in plan.steps:
         lanes[step.lane] = lanes.get(step.lane, 0) + 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 FOLDER = "objects"
+BUNDLES = "bundles"
 
 EXTENSIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -55,6 +56,11 @@ class ObjectKeys:
     def prefix(self) -> str:
         """URI prefix that all artifacts share and nothing else lies under; for `ObjectStore.list`."""
         return f"{self.root}/{FOLDER}/"
+
+    @property
+    def bundles(self) -> str:
+        """URI of the folder that dropped bundles are unpacked below; ends in `/`."""
+        return f"{self.root}/{BUNDLES}/"
 
     def __call__(self, sha256: str, media_type: str) -> str:
         """URI of the artifact. Raises `ValueError` for what is no sha256 or a media type that is not kept."""

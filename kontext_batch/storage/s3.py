@@ -1,4 +1,4 @@
-"""Objects in S3 and in servers that speak its protocol, at `s3:` URIs. The only import of boto3."""
+"""Objects in S3 and in servers that speak its protocol, at `s3:` URIs. With `events`, the only import of boto3."""
 
 from __future__ import annotations
 

@@ -166,14 +166,16 @@ def test_places_outside_of_the_allowed_prefixes() -> None:
         wanted_tables(recipe, BASE, allowed=[BASE])
     assert str(error.value) == (
         "r.yaml:8:12 inputs.item.table: s3://other/items.csv lies outside of what this recipe may read"
-        " (s3://shop/recipes/); the setting read_prefixes (KONTEXT_BATCH_READ_PREFIXES) allows more"
+        " (s3://shop/recipes/); the setting read_prefixes (KONTEXT_BATCH_READ_PREFIXES), or `read` of an inbox,"
+        " allows more"
     )
     rows = read_rows(recipe, {"item": TABLE.encode()})
     with pytest.raises(RecipeError) as error:
         wanted_files(recipe, rows, BASE, allowed=[BASE])
     assert error.value.problems[0].message == (
         "row 'A' (s3://other/items.csv:2): s3://shop/x/photos/A.* lies outside of what this recipe may read"
-        " (s3://shop/recipes/); the setting read_prefixes (KONTEXT_BATCH_READ_PREFIXES) allows more"
+        " (s3://shop/recipes/); the setting read_prefixes (KONTEXT_BATCH_READ_PREFIXES), or `read` of an inbox,"
+        " allows more"
     )
 
 
@@ -182,7 +184,10 @@ def test_places_outside_of_the_allowed_prefixes() -> None:
     [
         ("/etc/${item}_${locale}.png", "a recipe in a bucket has no file system"),
         ("s3://other/${item}_${locale}.png", "lies outside of what this recipe may write (s3://shop/recipes/)"),
-        ("../${item}_${locale}.png", "; the setting write_prefixes (KONTEXT_BATCH_WRITE_PREFIXES) allows more"),
+        (
+            "../${item}_${locale}.png",
+            "; the setting write_prefixes (KONTEXT_BATCH_WRITE_PREFIXES), or `write` of an inbox, allows more",
+        ),
         ("../../../${item}_${locale}.png", "leads out of the root"),
         ("https://x.example/${item}_${locale}.png", "places are paths, s3: and file: URIs, not https:"),
         ("out/${item}_${locale}*.png", "wildcards find files; this is one place"),
