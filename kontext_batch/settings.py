@@ -27,7 +27,9 @@ DEFAULT_CONFIG = Path("kontext-batch.yaml")
 class Settings(BaseSettings):
     """All settings, with the embedded default's values."""
 
-    model_config = SettingsConfigDict(env_prefix="KONTEXT_BATCH_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="KONTEXT_BATCH_", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
     database_url: str | None = None
     """SQLAlchemy URL; left out, a SQLite file in the workspace."""
@@ -63,6 +65,10 @@ class Settings(BaseSettings):
     """Command that reads an image on standard input and exits 0 when it may be delivered."""
     gpu_seconds_per_image: PositiveFloat | None = None
     """Estimate for lanes without past timings; left out, such lanes count as unknown."""
+    log_format: Literal["text", "json"] = "text"
+    """Of what is logged to standard error; `--log-json` is `json`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """What is logged, from this level up; `--verbose` is `info`."""
 
     @classmethod
     def settings_customise_sources(

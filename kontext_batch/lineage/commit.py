@@ -76,6 +76,7 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         ),
         fenced=tuple(step_id for step_id, token in stale if (step_id, token) not in earlier),
         woken=woken,
+        batch_id=batch_id,
     )
 
 

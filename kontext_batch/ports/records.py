@@ -212,6 +212,8 @@ class CommitReport:
     """Step ids whose lease had moved on; their results were dropped and their uploads are orphans."""
     woken: Mapping[str, int]
     """Lane -> number of steps that became ready."""
+    batch_id: int | None = None
+    """Of the batch's row; None when it has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import structlog
 
 from kontext_batch.errors import InfrastructureError, KontextBatchError, NotAllowed, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.observability import metrics
 from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository
 from kontext_batch.services.artifacts import read_artifact
 
@@ -62,8 +63,10 @@ def deliver_pending(
                     raise  # the next would meet the same; what is pending stays so, and the same command goes on
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
                 repository.fail_delivery(delivery.id, str(error))
+                metrics.DELIVERIES.labels("failed").inc()
                 continue
             repository.record_delivery(delivery.id, path=placed.path, version=placed.version, skipped=placed.skipped)
+            metrics.DELIVERIES.labels("skipped" if placed.skipped else "delivered").inc()
             delivered += 1
     return delivered
 

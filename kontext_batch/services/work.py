@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
+from kontext_batch.observability import metrics
+from kontext_batch.observability.logs import about_batch
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
 from kontext_batch.services.deliver import deliver_pending
@@ -56,7 +58,8 @@ class Heartbeat:
             try:
                 self._repository.extend_leases(self._worker_id, self._lease)
             except Exception:  # the next beat may succeed; without one the leases run out, which is safe
-                log.exception("heartbeat failed")
+                metrics.HEARTBEATS_FAILED.inc()
+                log.exception("heartbeat failed", worker=self._worker_id)
 
 
 @dataclass(slots=True)
@@ -146,6 +149,8 @@ class Worker:
 
     def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None) -> bool:
         """Claim and execute one batch; False when nothing is ready."""
+        metrics.ACTIVITY.begin()
+        started = time.perf_counter()
         steps = self.repository.claim(
             self.info.id,
             limit=self.batch_rows,
@@ -156,7 +161,20 @@ class Worker:
         )
         if not steps:
             return False
+        metrics.PHASE_SECONDS.labels("claim").observe(time.perf_counter() - started)
+        metrics.BATCH_STEPS.labels(steps[0].lane).observe(len(steps))
+        metrics.BATCH_OCCUPANCY.labels(steps[0].lane).observe(len(steps) / self.batch_rows)
         self.turns.took(steps)
+        with about_batch(
+            worker=self.info.id,
+            lane=steps[0].lane,
+            steps=[step.id for step in steps],
+            runs=[step.run_id for step in steps],
+        ):
+            return self._execute(steps, on_step)
+
+    def _execute(self, steps: Sequence[LeasedStep], on_step: OnStep | None) -> bool:
+        """False when it was stopped and the steps were given back."""
 
         def on_row_step(done: int, total: int) -> None:
             if on_step is not None:
@@ -168,13 +186,16 @@ class Worker:
             report = self.executor.run(steps, on_step=on_row_step)
         except Stopped:
             self._release(steps)
+            log.info("batch given back")
             return False
         except (StorageFull, StorageReadOnly, NotAllowed):
             self._release(steps)  # not their fault: they wait until there is room, or another place
             raise
         if report.fenced:
-            log.warning("results dropped: another worker held these steps", steps=list(report.fenced))
+            log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
+        log.info("batch committed", batch=report.batch_id, committed=len(report.committed))
         return True
 
     def _release(self, steps: Sequence[LeasedStep]) -> None:
         self.repository.release([(step.id, step.token) for step in steps])
+        metrics.STEPS.labels(steps[0].lane, "released").inc(len(steps))
