@@ -176,6 +176,7 @@ def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | Non
             .values(
                 state=StepState.FAILED if final else StepState.READY,
                 not_before=None if result.retry_in is None else now_plus(result.retry_in),
+                ready_since=None if result.retry_in is None else now_plus(result.retry_in),
                 lease_owner=None,
                 lease_until=None,
                 error=error,

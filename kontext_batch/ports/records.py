@@ -262,6 +262,26 @@ class RunSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How everything stands at one moment, for the metrics."""
+
+    steps: Mapping[tuple[str, StepState], int]
+    """(lane, live state) -> steps."""
+    queue_age: Mapping[str, float]
+    """Lane with ready steps -> seconds since the oldest might have been claimed; paused runs and later retries count
+    nothing."""
+    runs: Mapping[RunState, int]
+    """Open runs by state."""
+    pending_deliveries: int
+    workers: int
+    """Those that have not said goodbye."""
+    longest_silence: float
+    """Seconds since the heartbeat of the most silent one of them."""
+    sends: Mapping[tuple[str, str], int]
+    """(webhook, `waiting` or `given_up`) -> events."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepRow:
     """A step of a run as `steps show` and `runs show` print it."""
 
