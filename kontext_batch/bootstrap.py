@@ -20,17 +20,20 @@ from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.operations.pictures import probe
 from kontext_batch.operations.registry import PillowOperations
+from kontext_batch.planning.events import Webhook
 from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.ports import ContentFilter, ModelRow, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import SHIPPED, ModelEntry, Registry, shipped_folder, signature
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.look import Looker
+from kontext_batch.services.notify import Notifier
 from kontext_batch.services.prepare import Planner
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.keys import ObjectKeys
 from kontext_batch.storage.router import open_store
 from kontext_batch.storage.uris import file_uri
+from kontext_batch.webhooks import HttpPost, Target
 
 WORKSPACE = "kontext-out"
 DATABASE = "kontext.db"
@@ -168,6 +171,18 @@ class Application:
             batch_rows=self.settings.batch_rows,
             content_filter=self.content_filter,
             keep_bytes=self.settings.cache_limit,
+        )
+
+    def notifier(self) -> Notifier:
+        """Sends events to the webhooks of the settings."""
+        configured = self.settings.webhooks
+        return Notifier(
+            repository=self.repository,
+            post=HttpPost({each.name: Target(each.url, each.secret_env, each.secret_file) for each in configured}),
+            webhooks=[
+                Webhook(each.name, frozenset(each.events), None if each.owners is None else frozenset(each.owners))
+                for each in configured
+            ],
         )
 
     def close(self) -> None:

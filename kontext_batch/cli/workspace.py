@@ -150,6 +150,7 @@ def beat(
 
                 try:
                     reconcile(application.repository)
+                    application.notifier().tick()
                     for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
                         output.tell(f"run {run_id}")
                 except InfrastructureError as error:  # a database that is restarted comes back

@@ -15,7 +15,7 @@ EventName = Literal["run.finished", "run.done", "run.partial", "run.failed", "ru
 
 KEPT_FOR = timedelta(days=7)
 """An event that nobody was there to send for so long is not sent any more."""
-MAX_TRIES = 16
+MAX_TRIES = 17
 """Of one event to one webhook before it is given up: by then about 30 hours have passed."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 5.0, 6 * 3600.0
 

@@ -12,6 +12,7 @@ from kontext_batch.ports.computing import (
     MadePicture,
     OnStep,
     Operations,
+    Post,
     Probe,
     WakeUps,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "Operations",
     "ParentOutput",
     "PendingDelivery",
+    "Post",
     "Probe",
     "Ranking",
     "Ready",
