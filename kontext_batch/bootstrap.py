@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from kontext_batch import editor
 from kontext_batch.errors import ObjectNotFound, SettingsError
 from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.observability.health import Pulse, Readiness
+from kontext_batch.observability.server import Served, serve_metrics
 from kontext_batch.operations.pictures import probe
 from kontext_batch.operations.registry import PillowOperations
 from kontext_batch.planning.events import Webhook
@@ -184,6 +186,36 @@ class Application:
                 for each in configured
             ],
         )
+
+    def pulse(self) -> Pulse:
+        """Of a process that works here."""
+        return Pulse(self.settings.stalled_seconds)
+
+    def readiness(self) -> Readiness:
+        """Whether database and store answer."""
+
+        def store() -> None:
+            self.store.folder(f"{self.artifact_keys.root}/", write=True)
+            with contextlib.suppress(ObjectNotFound):
+                self.store.head(self.artifact_keys("0" * 64, "image/png"))
+
+        return Readiness({"database": partial(migrate.check, self.database_url), "store": store})
+
+    @contextlib.contextmanager
+    def served(self, pulse: Pulse, *, port: int | None = None) -> Iterator[Served | None]:
+        """Within, this process serves its metrics and health at `port`, else at the setting's, if there is one.
+
+        Raises `SettingsError`.
+        """
+        chosen = self.settings.metrics_port if port is None else port
+        if chosen is None:
+            yield None
+            return
+        served = serve_metrics(host=self.settings.metrics_host, port=chosen, pulse=pulse, readiness=self.readiness())
+        try:
+            yield served
+        finally:
+            served.close()
 
     def close(self) -> None:
         """Give the database's connections back."""

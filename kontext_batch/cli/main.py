@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kontext_batch.cli import models, output, plan, recipes, run, runs, schedules, steps, workspace
+from kontext_batch.cli import models, output, plan, recipes, run, runs, schedules, steps, webhooks, workspace
 from kontext_batch.errors import (
     AuthorError,
     KontextBatchError,
@@ -73,6 +73,7 @@ for noun in (
     steps.app,
     recipes.app,
     schedules.app,
+    webhooks.app,
     models.app,
     models.adapters,
     workspace.workers,

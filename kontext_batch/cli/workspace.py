@@ -19,7 +19,7 @@ workers = typer.Typer(name="workers", help="Processes that compute.", no_args_is
 
 
 def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
-    """Check workspace, database, store, models and device. Exit code 1 when something needs care.
+    """Check workspace, database, store, webhooks, models and device. Exit code 1 when something needs care.
 
     Example: kontext-batch doctor --workspace spring/kontext-out
     """
@@ -88,12 +88,13 @@ def check(workspace: common.WorkspaceOption = None) -> None:
 
 
 @workers.command()
-def start(workspace: common.WorkspaceOption = None) -> None:
+def start(workspace: common.WorkspaceOption = None, metrics_port: common.MetricsPortOption = None) -> None:
     """Work on everything that is ready in the workspace until stopped (Ctrl-C, SIGTERM).
 
     Example: kontext-batch workers start --workspace kontext-out
     """
     import threading
+    from contextlib import ExitStack
 
     from kontext_batch.services.work import SERVED_RUNS
 
@@ -105,7 +106,10 @@ def start(workspace: common.WorkspaceOption = None) -> None:
         return {folder for folder in map(common.folder_of, sources) if folder is not None}
 
     output.tell("working; Ctrl-C stops")
-    with stopped_by_signals(stopping):
+    with ExitStack() as served, stopped_by_signals(stopping):
+        watched = served.enter_context(common.opened(workspace))
+        pulse = watched.pulse()
+        served.enter_context(watched.served(pulse, port=metrics_port))
         while not stopping.is_set():
             known = folders()
 
@@ -115,7 +119,7 @@ def start(workspace: common.WorkspaceOption = None) -> None:
 
             with common.opened(workspace, folders=sorted(known)) as application:
                 worker = application.worker()
-                worker.stopping = stopping
+                worker.stopping, worker.pulse = stopping, pulse
                 worker.serve(covers)
     output.tell("stopped; what was in flight is given back")
 
@@ -124,10 +128,11 @@ def start(workspace: common.WorkspaceOption = None) -> None:
 def beat(
     workspace: common.WorkspaceOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    metrics_port: common.MetricsPortOption = None,
 ) -> None:
     """Fire schedules, stop their runs when they say so, and return what lost workers held, until stopped.
 
-    Several may run at once: each time of a schedule becomes one run.
+    It tells webhooks of runs that end. Several may run at once: each time of a schedule becomes one run.
 
     Example: kontext-batch workers beat --workspace kontext-out
     """
@@ -138,11 +143,16 @@ def beat(
     from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import Planner
     from kontext_batch.services.schedules import Scheduler
+    from kontext_batch.services.watch import Watch
 
     stopping = threading.Event()
     output.tell("beating; Ctrl-C stops")
-    with stopped_by_signals(stopping), common.opened(workspace) as application:
+    with stopped_by_signals(stopping), common.opened(workspace) as application, ExitStack() as served:
+        pulse, watch, notifier = application.pulse(), Watch(application.repository), application.notifier()
+        served.enter_context(application.served(pulse, port=metrics_port))
+        served.enter_context(pulse.working())
         while not stopping.is_set():
+            pulse.beat()
             with ExitStack() as opened:
 
                 def planner(uri: str, opened: ExitStack = opened) -> Planner:
@@ -150,9 +160,10 @@ def beat(
 
                 try:
                     reconcile(application.repository)
-                    application.notifier().tick()
                     for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
                         output.tell(f"run {run_id}")
+                    notifier.tick()
+                    watch.tick()
                 except InfrastructureError as error:  # a database that is restarted comes back
                     output.tell(f"{error}; trying again")
             stopping.wait(every)

@@ -6,6 +6,7 @@ time changes nothing. Identical bytes never make a new version.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -47,15 +48,18 @@ def deliver_pending(
     *,
     run_id: int | None = None,
     content_filter: ContentFilter | None = None,
+    on_delivery: Callable[[], None] = lambda: None,
 ) -> int:
     """Deliver everything that is finished; returns how many are settled.
 
     A delivery that cannot be made, or that the content filter does not allow, is recorded as failed. Raises
     `InfrastructureError` (a full disk, a store that does not answer) with the rest still pending.
+    `on_delivery` is called before each.
     """
     delivered = 0
     while pending := repository.pending_deliveries(run_id):
         for delivery in pending:
+            on_delivery()
             try:
                 placed = _placed(repository, store, delivery, content_filter)
             except KontextBatchError as error:

@@ -5,6 +5,7 @@ The embedded default runs it in the process of `run`; a cluster's workers run th
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import structlog
 
 from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
 from kontext_batch.observability import metrics
+from kontext_batch.observability.health import Pulse
 from kontext_batch.observability.logs import about_batch
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import ContentFilter, LeasedStep, ObjectStore, OnStep, Repository, RunSummary, WorkerInfo
@@ -79,6 +81,8 @@ class Worker:
     """Whose steps are taken next."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
+    pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
+    """Beats with each claim and each denoise step."""
 
     def run_until_done(
         self,
@@ -129,8 +133,9 @@ class Worker:
         """
         self.repository.register_worker(self.info)
         try:
-            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
+            with Heartbeat(self.repository, self.info.id, self.lease_seconds), self.pulse.working():
                 while not self.stopping.is_set():
+                    self.pulse.beat()
                     reconcile(self.repository)
                     running = [run for run in self.repository.runs(limit=SERVED_RUNS) if run.finished is None]
                     if not all(map(covers, running)):
@@ -138,7 +143,13 @@ class Worker:
                     running.sort(key=lambda run: (-run.priority, run.id))
                     worked = any(self.work_once(run_id=run.id) for run in running)
                     delivered = sum(
-                        deliver_pending(self.repository, self.store, run_id=run.id, content_filter=self.content_filter)
+                        deliver_pending(
+                            self.repository,
+                            self.store,
+                            run_id=run.id,
+                            content_filter=self.content_filter,
+                            on_delivery=self.pulse.beat,
+                        )
                         for run in running
                     )
                     self.repository.finish_runs()
@@ -150,6 +161,7 @@ class Worker:
     def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None) -> bool:
         """Claim and execute one batch; False when nothing is ready."""
         metrics.ACTIVITY.begin()
+        self.pulse.beat()
         started = time.perf_counter()
         steps = self.repository.claim(
             self.info.id,
@@ -177,6 +189,7 @@ class Worker:
         """False when it was stopped and the steps were given back."""
 
         def on_row_step(done: int, total: int) -> None:
+            self.pulse.beat()
             if on_step is not None:
                 on_step(done, total)
             if self.stopping.is_set():
