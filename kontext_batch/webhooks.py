@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -117,34 +117,49 @@ def _key(line: str, place: str) -> bytes:
 def _status(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> int:
     """Status of the answer. Raises `InfrastructureError` without the URL, whose path may be a secret of its own."""
     parts = urlsplit(url)
-    assert parts.hostname is not None, "the settings see to it"
-    connection = (
-        http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout, context=ssl.create_default_context())
-        if parts.scheme == "https"
-        else http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
-    )
+    host, secure = parts.hostname, parts.scheme == "https"
+    assert host is not None, "the settings see to it"
+    connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(host, parts.port)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        open_socket = connection.sock
-        if open_socket is not None:
-            with contextlib.suppress(OSError):
-                open_socket.shutdown(socket.SHUT_RDWR)  # whoever waits on it wakes up
-
-    watch = threading.Timer(timeout, end)
-    watch.daemon = True
-    watch.start()
     try:
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("POST", target, body=body, headers=dict(headers))
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
+        with socket.create_connection((host, connection.port), timeout) as plain, _ended_after(timeout, plain, late):
+            connection.sock = _secured(plain, host) if secure else plain
+            connection.request("POST", target, body=body, headers=dict(headers))
+            return connection.getresponse().status
+    except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: a host that cannot be a name
         what = f"no answer within {timeout:g} s" if late.is_set() or isinstance(error, TimeoutError) else _reason(error)
         raise InfrastructureError(what) from error
     finally:
-        watch.cancel()
         connection.close()
+
+
+def _secured(plain: socket.socket, host: str) -> socket.socket:
+    """With the certificate and the name in it checked, as the system's authorities have it."""
+    return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, connected: socket.socket, late: threading.Event) -> Iterator[None]:
+    """End the connection when what is within takes longer: whoever waits on it wakes up, in a TLS handshake too.
+
+    The socket's own time limit is one for each read, and begins anew with each byte.
+    """
+    with connected.dup() as same:  # TLS takes the first one over
+
+        def end() -> None:
+            late.set()
+            with contextlib.suppress(OSError):
+                same.shutdown(socket.SHUT_RDWR)
+
+        watch = threading.Timer(seconds, end)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+            watch.join()
 
 
 def _reason(error: Exception) -> str:

@@ -44,7 +44,8 @@ def reconcile(repository: Repository) -> ReconcileReport:
     if lost := report.returned + report.quarantined:
         metrics.LEASES_LOST.inc(lost)
         metrics.QUARANTINED.inc(report.quarantined)
-        log.warning("leases of lost workers came back", returned=report.returned, quarantined=report.quarantined)
+        tell = log.warning if report.quarantined else log.info
+        tell("leases of lost workers came back", returned=report.returned, quarantined=report.quarantined)
     return report
 
 

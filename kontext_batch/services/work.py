@@ -81,6 +81,8 @@ class Worker:
     """Whose steps are taken next."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
+    has_device: bool = True
+    """False of a worker that serves picture operations alone: it has no device that could be idle."""
     pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
     """Beats with each claim and each denoise step."""
 
@@ -160,7 +162,8 @@ class Worker:
 
     def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None) -> bool:
         """Claim and execute one batch; False when nothing is ready."""
-        metrics.ACTIVITY.begin()
+        if self.has_device:
+            metrics.ACTIVITY.begin()
         self.pulse.beat()
         started = time.perf_counter()
         steps = self.repository.claim(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,8 @@ class Receiver:
     drip: float = 0.0
     """Seconds between two bytes of the answer's first line; 0 answers at once."""
     port: int = 0
+    secure: Callable[[ssl.SSLContext], None] = lambda context: None
+    """From here on it speaks TLS."""
 
     @property
     def url(self) -> str:
@@ -78,6 +81,11 @@ def receiving() -> Iterator[Receiver]:
             """A caller that hangs up is what some tests are about."""
 
     server = Server(("127.0.0.1", 0), Handler)
+
+    def secure(context: ssl.SSLContext) -> None:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+
+    receiver.secure = secure
     receiver.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from kontext_batch.errors import InfrastructureError, ObjectNotFound, SettingsError
 from kontext_batch.observability import mask, masking
@@ -101,6 +110,74 @@ def test_a_receiver_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monk
     with pytest.raises(InfrastructureError, match="refused") as caught:
         poster(silent, monkeypatch, path="/secret-path").post("dam", "evt_1", b"{}")
     assert "secret-path" not in str(caught.value)
+
+
+def test_a_tls_handshake_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connected, _ = server.accept()
+            with connected, contextlib.suppress(OSError):
+                connected.recv(1)
+                for byte in b"\x16\x03\x03\x40\x00" + bytes(1000):  # a record of 16 kB, to be waited for
+                    connected.sendall(bytes([byte]))
+                    time.sleep(0.15)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        monkeypatch.setenv("HOOK_SECRET", SECRET)
+        url = f"https://127.0.0.1:{server.getsockname()[1]}/"
+        started = time.monotonic()
+        with pytest.raises(InfrastructureError, match=r"no answer within 0\.5 s"):
+            HttpPost({"dam": Target(url, secret_env="HOOK_SECRET")}, timeout=0.5).post("dam", "evt_1", b"{}")
+        assert time.monotonic() - started < 3
+        thread.join()
+
+
+def test_certificates_are_checked(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = make_certificate(tmp_path, "localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    receiver.secure(context)
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+
+    def post(host: str) -> None:
+        target = Target(f"https://{host}:{receiver.port}/", secret_env="HOOK_SECRET")
+        HttpPost({"dam": target}).post("dam", "evt_1", b"{}")
+
+    with pytest.raises(InfrastructureError, match="certificate verify failed"):
+        post("localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with pytest.raises(InfrastructureError, match="certificate verify failed"):
+        post("127.0.0.1")  # a name that the certificate does not have
+    assert receiver.requests == []
+    post("localhost")
+    assert receiver.requests[0].headers["host"] == f"localhost:{receiver.port}"
+
+
+def make_certificate(folder: Path, name: str) -> Path:
+    """A file with a key and the certificate that it signed itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    issued = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(issued, issued, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    kept = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file = folder / "certificate.pem"
+    file.write_bytes(kept + certificate.public_bytes(Encoding.PEM))
+    return file
+
+
+def test_a_host_that_cannot_be_a_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    with pytest.raises(InfrastructureError):
+        HttpPost({"dam": Target("http://a..b/", secret_env="HOOK_SECRET")}).post("dam", "evt_1", b"{}")
 
 
 @pytest.mark.parametrize(
