@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from kontext_batch.errors import InfrastructureError
+from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.observability.fleet import Fleet
 from kontext_batch.ports import Standing
 from kontext_batch.services.watch import LOOK_SECONDS, PAUSE, Watch
@@ -62,3 +65,19 @@ def test_it_looks_seldom_enough_to_cost_next_to_nothing() -> None:
         database.now += 0.2
         assert watch.tick()
         assert database.looks == 2
+
+
+def test_ready_is_said_of_database_and_store(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert studio.app.readiness().faults() == {}
+
+    def silent(uri: str) -> None:
+        raise InfrastructureError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(studio.app.store), "head", lambda self, uri: silent(uri))
+        assert studio.app.readiness().faults() == {"store": "no answer"}
+    engine = open_database(studio.app.database_url)
+    with engine.begin() as conn:
+        conn.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    close_database(engine)
+    assert "db upgrade" in studio.app.readiness().faults()["database"]
