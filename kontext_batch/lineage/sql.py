@@ -216,4 +216,4 @@ def bulk_insert(conn: sa.Connection, table: sa.Table, columns: Sequence[str], ro
 
 def stored_text(text: str) -> str:
     """`text` as both databases can hold it: no NUL, no lone surrogate, bounded; and without credentials."""
-    return mask(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "�")[:10_000]
+    return mask(text[:20_000]).encode("utf-8", "replace").decode("utf-8").replace("\0", "�")[:10_000]

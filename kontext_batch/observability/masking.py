@@ -18,16 +18,18 @@ SHORTEST = 6
 _known: set[str] = set()
 
 _NAME = (
-    r"[\w.-]*(?:passw(?:or)?d|passphrase|secret|token|signature|credential|api[_-]?key|access[_-]?key(?:[_-]?id)?"
+    r"(?:passw(?:or)?d|passphrase|secret|token|signature|credential|api[_-]?key|access[_-]?key(?:[_-]?id)?"
     r"|private[_-]?key|authorization)"
 )
-_SENSITIVE = re.compile(_NAME, re.IGNORECASE)
+_VALUE = r"(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s&,;\"')\]}]+)"
+_SENSITIVE = re.compile(rf"{_NAME}$", re.IGNORECASE)
+# Every repetition is bounded: what a recipe's author writes comes by here, and must not take quadratic time.
 _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
-    # scheme://user:password@host, up to the last @: a password may hold any of :/?#@
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s:/@]*:[^\s'\"<>]*@", re.IGNORECASE), rf"\1{MASK}@"),
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s:/@'\"<>]+@", re.IGNORECASE), rf"\1{MASK}@"),
-    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1 {MASK}"),
-    (re.compile(rf"\b({_NAME}[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s&,;\"')\]}}]+)", re.IGNORECASE), rf"\1{MASK}"),
+    # ://user:password@host, up to the last @: a password may hold any of :/?#@
+    (re.compile(r"://[^\s:/@]{0,256}:[^\s'\"<>]{0,512}@"), f"://{MASK}@"),
+    (re.compile(r"://[^\s:/@'\"<>]{1,512}@"), f"://{MASK}@"),
+    (re.compile(r"\b(bearer|basic)\s{1,8}[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1 {MASK}"),
+    (re.compile(rf"({_NAME}[\"']?\s{{0,8}}[=:]\s{{0,8}}){_VALUE}", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA|AGPA|ANPA)[A-Z0-9]{16}\b"), MASK),
     (re.compile(r"\bwhsec_[A-Za-z0-9+/=_-]+"), f"whsec_{MASK}"),
 )
@@ -74,4 +76,4 @@ def masked(value: Any) -> Any:
 
 
 def _under(key: Any, value: Any) -> Any:
-    return MASK if isinstance(value, str) and _SENSITIVE.fullmatch(str(key)) else masked(value)
+    return MASK if isinstance(value, str) and _SENSITIVE.search(str(key)) else masked(value)

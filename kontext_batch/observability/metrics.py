@@ -51,7 +51,7 @@ class Activity(Collector):
         self._clock, self._lock = clock, threading.Lock()
         self._began: float | None = None
         self._computed = 0.0
-        self._computing_since: dict[int, float] = {}
+        self._computing_since: dict[object, float] = {}
 
     def begin(self) -> None:
         """From here on the device might compute; a second call changes nothing."""
@@ -62,7 +62,7 @@ class Activity(Collector):
     def computing(self) -> Iterator[None]:
         """The device computes within."""
         self.begin()
-        key = threading.get_ident()
+        key = object()
         with self._lock:
             self._computing_since[key] = self._clock()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -70,6 +71,17 @@ def test_what_looks_like_a_credential_is_masked(text: str, gone: str, kept: str)
 )
 def test_what_is_none_is_left_alone(text: str) -> None:
     assert mask(text) == text
+
+
+@pytest.mark.parametrize(
+    "piece", ["a://a:", "a.a-", 'password="', "token ", "s3://", "a+", "@", "Bearer ", "://:", "token" + " " * 50]
+)
+def test_masking_takes_no_quadratic_time(piece: str) -> None:
+    """200 kB of what an author may have written."""
+    text = piece * (200_000 // len(piece))
+    started = time.process_time()
+    mask(text)
+    assert time.process_time() - started < 5
 
 
 def test_a_known_secret_is_masked_wherever_it_turns_up() -> None:

@@ -121,6 +121,8 @@ def test_the_idle_share_includes_the_batch_in_flight() -> None:
     with activity.computing():
         moment[0] = 108.0
         assert activity.seconds() == (2.0, 8.0)
+    with activity.computing(), activity.computing():  # two workers in one process
+        pass
     moment[0] = 110.0
     assert activity.seconds() == (2.0, 10.0)
     values = {sample.name: sample.value for metric in activity.collect() for sample in metric.samples}
