@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,11 @@ from kontext_batch import editor
 from kontext_batch.errors import ObjectNotFound, SettingsError
 from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.observability.health import Pulse, Readiness
+from kontext_batch.observability.server import Served, serve_metrics
 from kontext_batch.operations.pictures import probe
 from kontext_batch.operations.registry import PillowOperations
+from kontext_batch.planning.events import Webhook
 from kontext_batch.planning.inbox import Place
 from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.planning.plan import OPERATIONS_LANE
@@ -29,6 +32,7 @@ from kontext_batch.services.bundles import BundleLimits
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.inbox import Watcher
 from kontext_batch.services.look import Looker
+from kontext_batch.services.notify import Notifier
 from kontext_batch.services.prepare import Planner
 from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
@@ -36,6 +40,7 @@ from kontext_batch.settings import Settings
 from kontext_batch.storage.keys import ObjectKeys
 from kontext_batch.storage.router import StoreRouter, open_store
 from kontext_batch.storage.uris import file_path, file_uri
+from kontext_batch.webhooks import HttpPost, Target
 
 WORKSPACE = "kontext-out"
 DATABASE = "kontext.db"
@@ -221,10 +226,53 @@ class Application:
             batch_rows=self.settings.batch_rows,
             wake_ups=self.wake_ups,
             turns=Turns(lanes=partial(_serves, edits, operations)),
+            has_device=edits,
             admit=self.admit,
             content_filter=self.content_filter,
             keep_bytes=self.settings.cache_limit,
         )
+
+    def notifier(self) -> Notifier:
+        """Sends events to the webhooks of the settings."""
+        configured = self.settings.webhooks
+        return Notifier(
+            repository=self.repository,
+            post=HttpPost({each.name: Target(each.url, each.secret_env, each.secret_file) for each in configured}),
+            webhooks=[
+                Webhook(each.name, frozenset(each.events), None if each.owners is None else frozenset(each.owners))
+                for each in configured
+            ],
+        )
+
+    def pulse(self) -> Pulse:
+        """Of a process that works here."""
+        return Pulse(self.settings.stalled_seconds)
+
+    def readiness(self) -> Readiness:
+        """Whether database and store answer."""
+
+        def store() -> None:
+            self.store.folder(f"{self.artifact_keys.root}/", write=True)
+            with contextlib.suppress(ObjectNotFound):
+                self.store.head(self.artifact_keys("0" * 64, "image/png"))
+
+        return Readiness({"database": partial(migrate.check, self.database_url), "store": store})
+
+    @contextlib.contextmanager
+    def served(self, pulse: Pulse, *, port: int | None = None) -> Iterator[Served | None]:
+        """Within, this process serves its metrics and health at `port`, else at the setting's, if there is one.
+
+        Raises `SettingsError`.
+        """
+        chosen = self.settings.metrics_port if port is None else port
+        if chosen is None:
+            yield None
+            return
+        served = serve_metrics(host=self.settings.metrics_host, port=chosen, pulse=pulse, readiness=self.readiness())
+        try:
+            yield served
+        finally:
+            served.close()
 
     def close(self) -> None:
         """Give the connections to database and broker back."""

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from platformdirs import user_config_path
@@ -23,12 +24,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableVariable
 
 from kontext_batch.errors import SettingsError
+from kontext_batch.planning.events import EventName
 
 CONFIG_VARIABLE = "KONTEXT_BATCH_CONFIG"
 DEFAULT_CONFIG = Path("kontext-batch.yaml")
@@ -65,10 +68,52 @@ class Inbox(BaseModel):
     """Prefixes that its recipes may deliver to."""
 
 
+class WebhookSettings(BaseModel):
+    """Where events are sent. Its secret is named, never written here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """What it is called in the database, logs and metrics."""
+    url: str
+    """http or https; without user and password."""
+    secret_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Variable that holds the secret."""
+    secret_file: Path | None = None
+    """File that holds the secrets, one a line: all of them sign."""
+    events: tuple[EventName, ...] = Field(default=("run.finished",), min_length=1)
+    owners: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Only of runs of these owners; left out, of all."""
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError("this is no URL") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            raise ValueError("https://HOST/PATH is expected, or http://")
+        if parts.username is not None or parts.password is not None or parts.fragment:
+            raise ValueError("a URL without user, password and #fragment is expected")
+        if not url.isascii() or not url.isprintable() or " " in url:
+            raise ValueError("blanks and other letters than ASCII are written in %XX")
+        return url
+
+    @model_validator(mode="after")
+    def _one_secret(self) -> WebhookSettings:
+        if (self.secret_env is None) == (self.secret_file is None):
+            raise ValueError("one of secret_env and secret_file is expected")
+        return self
+
+
 class Settings(BaseSettings):
     """All settings, with the embedded default's values."""
 
-    model_config = SettingsConfigDict(env_prefix="KONTEXT_BATCH_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="KONTEXT_BATCH_", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
     database_url: str | None = None
     """SQLAlchemy URL; left out, a SQLite file in the workspace."""
@@ -112,6 +157,26 @@ class Settings(BaseSettings):
     """Command that reads an image on standard input and exits 0 when it may be delivered."""
     gpu_seconds_per_image: PositiveFloat | None = None
     """Estimate for lanes without past timings; left out, such lanes count as unknown."""
+    webhooks: tuple[WebhookSettings, ...] = ()
+    """Where the ends of runs are told."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Where workers and beats serve /metrics, /healthz and /readyz; left out, nowhere; 0: any free port."""
+    metrics_host: str = "127.0.0.1"
+    """Address that it is served at."""
+    stalled_seconds: PositiveFloat = 600.0
+    """A process that works and comes no further for so long is not healthy."""
+    log_format: Literal["text", "json"] = "text"
+    """Of what is logged to standard error; `--log-json` is `json`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """What is logged, from this level up; `--verbose` is `info`."""
+
+    @field_validator("webhooks")
+    @classmethod
+    def _names_differ(cls, webhooks: tuple[WebhookSettings, ...]) -> tuple[WebhookSettings, ...]:
+        names = [each.name for each in webhooks]
+        if len(set(names)) < len(names):
+            raise ValueError("two webhooks have the same name")
+        return webhooks
 
     inboxes: tuple[Inbox, ...] = ()
     """Places that `workers beat` watches."""
@@ -156,7 +221,11 @@ def load_settings() -> Settings:
         named_field = re.search(r'field "(\w+)"', str(error))
         prefix = Settings.model_config["env_prefix"]
         variable = f"{prefix}{named_field[1].upper()}" if named_field else f"a variable {prefix}..."
-        raise SettingsError(f'{variable}: a JSON list is expected, such as ["s3://acme-pim/"]') from error
+        example = '[{"name": ...}]' if variable.endswith("WEBHOOKS") else '["s3://acme-pim/"]'
+        raise SettingsError(f"{variable}: a JSON list is expected, such as {example}") from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        )
         raise SettingsError(f"settings ({path} and the environment): {faults}") from error

@@ -64,6 +64,9 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if settings.broker_url is not None:
         yield _broker(settings.broker_url)
     yield from _inboxes(settings)
+    yield from _webhooks(settings)
+    if settings.metrics_port:
+        yield _metrics_port(settings.metrics_host, settings.metrics_port)
     yield from _models(settings.models_file)
     yield _device(settings)
 
@@ -125,6 +128,48 @@ def _inboxes(settings: Settings) -> Iterator[Check]:
             yield Check(f"inbox of {place.owner}", False, str(error), "answers are written there: let it be written to")
         else:
             yield Check(f"inbox of {place.owner}", True, f"{place.prefix} can be read and written to")
+
+
+def _webhooks(settings: Settings) -> Iterator[Check]:
+    from urllib.parse import urlsplit
+
+    from kontext_batch.webhooks import Target
+
+    for hook in settings.webhooks:
+        advice = "put the secret where the setting says; `kontext-batch webhooks test` sends one event"
+        try:
+            secrets = Target(hook.url, hook.secret_env, hook.secret_file).secrets()
+        except KontextBatchError as error:
+            yield Check(f"webhook {hook.name}", False, str(error), advice)
+            continue
+        parts = urlsplit(hook.url)
+        number = "1 secret" if len(secrets) == 1 else f"{len(secrets)} secrets"
+        yield Check(f"webhook {hook.name}", True, f"{parts.scheme}://{parts.hostname}, signed with {number}")
+
+
+def _metrics_port(host: str, port: int) -> Check:
+    """Free, or taken by a process of ours."""
+    from http.client import HTTPConnection, HTTPException
+
+    from kontext_batch.observability.health import Pulse, Readiness
+    from kontext_batch.observability.server import serve_metrics
+
+    try:
+        serve_metrics(host=host, port=port, pulse=Pulse(1.0), readiness=Readiness({})).close()
+        return Check("metrics", True, f"{host}:{port} is free")
+    except KontextBatchError as error:
+        taken = str(error)
+    connection = HTTPConnection(host, port, timeout=2.0)
+    try:
+        connection.request("GET", "/healthz")
+        ours = b"healthy" in connection.getresponse().read(1000)
+    except (OSError, HTTPException):
+        ours = False
+    finally:
+        connection.close()
+    if ours:
+        return Check("metrics", True, f"a worker or beat serves them at {host}:{port}")
+    return Check("metrics", False, taken, "set metrics_port to a free one")
 
 
 def _models(file: Path) -> Iterator[Check]:

@@ -48,6 +48,12 @@ OnlyOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, help="Only the first so many outputs.", show_default=False)
 ]
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=65535, help="Serve /metrics, /healthz and /readyz here; left out, metrics_port.", show_default=False
+    ),
+]
 PriorityOption = Annotated[int, typer.Option("--priority", help="Higher runs first.")]
 
 

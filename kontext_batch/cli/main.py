@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kontext_batch.cli import inbox, models, output, plan, recipes, run, runs, schedules, steps, workspace
+from kontext_batch.cli import inbox, models, output, plan, recipes, run, runs, schedules, steps, webhooks, workspace
 from kontext_batch.errors import (
     AuthorError,
     KontextBatchError,
@@ -28,6 +28,7 @@ from kontext_batch.errors import (
     ObjectNotFound,
     PlanRefused,
     RecipeError,
+    SettingsError,
     StepError,
     StorageFull,
     StorageReadOnly,
@@ -73,6 +74,7 @@ for noun in (
     recipes.app,
     schedules.app,
     inbox.app,
+    webhooks.app,
     models.app,
     models.adapters,
     workspace.workers,
@@ -98,9 +100,22 @@ def settings(
     ] = False,
 ) -> None:
     """Turn photos and a recipe into edited images, and explain every one of them."""
-    from kontext_batch.observability import set_up_logging
+    from kontext_batch.observability import hide_password, set_up_logging
+    from kontext_batch.settings import load_settings
 
-    set_up_logging(json=log_json, level=logging.INFO if verbose else logging.WARNING)
+    as_json, level = log_json, logging.WARNING
+    try:
+        chosen = load_settings()
+    except SettingsError:
+        pass  # told by the command, if it needs them
+    else:
+        hide_password(chosen.database_url)
+        hide_password(chosen.broker_url)
+        as_json, level = (
+            log_json or chosen.log_format == "json",
+            logging.getLevelNamesMapping()[chosen.log_level.upper()],
+        )
+    set_up_logging(json=as_json, level=min(level, logging.INFO) if verbose else level)
 
 
 def exit_code(error: BaseException) -> int:
@@ -158,9 +173,10 @@ def _ended(given: list[str]) -> int:
         if exit_code(error) == 3:  # as for `--help`, which typer writes
             raise output.OutputLost(f"no space is left to write to ({error})") from error
         where = _keep_traceback()
-        output.tell(f"internal error: {type(error).__name__}: {error}\nthe traceback is in {where}; please report it")
+        message = _masked(f"{type(error).__name__}: {error}")
+        output.tell(f"internal error: {message}\nthe traceback is in {where}; please report it")
         if as_json:
-            output.event("error", message=f"{type(error).__name__}: {error}", traceback=where, exit=1)
+            output.event("error", message=message, traceback=where, exit=1)
         return 1
     return 0
 
@@ -174,6 +190,7 @@ def _tell(error: BaseException, code: int, *, as_json: bool) -> None:
     problems = list(map(str, error.problems)) if isinstance(error, RecipeError) else []
     reasons = list(error.reasons) if isinstance(error, PlanRefused) else []
     message = "interrupted; nothing is lost: the same command goes on" if code == 130 else str(error)
+    problems, reasons, message = [*map(_masked, problems)], [*map(_masked, reasons)], _masked(message)
     for each in problems or [f"refused: {reason}" for reason in reasons] or [message]:
         output.tell(each)
     if problems:
@@ -185,16 +202,22 @@ def _tell(error: BaseException, code: int, *, as_json: bool) -> None:
         output.event(name, message=message, problems=problems or reasons, exit=code)
 
 
+def _masked(text: str) -> str:
+    from kontext_batch.observability import mask
+
+    return mask(text)
+
+
 def _keep_traceback() -> str:
     """Write the traceback to a file that can be sent along; returns its path."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="kontext-batch-", suffix=".log", delete=False, encoding="utf-8"
         ) as file:
-            file.write(traceback.format_exc())
+            file.write(_masked(traceback.format_exc()))
             return file.name
     except OSError:
-        output.tell(traceback.format_exc())
+        output.tell(_masked(traceback.format_exc()))
         return "standard error"
 
 

@@ -22,7 +22,7 @@ workers = typer.Typer(name="workers", help="Processes that compute.", no_args_is
 
 
 def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
-    """Check workspace, database, store, models and device. Exit code 1 when something needs care.
+    """Check workspace, database, store, webhooks, models and device. Exit code 1 when something needs care.
 
     Example: kontext-batch doctor --workspace spring/kontext-out
     """
@@ -106,6 +106,7 @@ def start(
         bool,
         typer.Option("--operations", help="Compute Pillow steps and deliver; without --device nothing else."),
     ] = False,
+    metrics_port: common.MetricsPortOption = None,
 ) -> None:
     """Work on everything that is ready until stopped; without --device or --operations on steps of every kind.
 
@@ -122,6 +123,7 @@ def start(
         device=device,
         edits=device is not None or not operations,
         operations=operations or device is None,
+        metrics_port=metrics_port,
     )
     settings = load_settings()
     if settings.broker_url is not None:
@@ -130,8 +132,12 @@ def start(
         raise typer.Exit(serve_rings(settings, duties))
     with common.opened(workspace) as application:
         worker = application.worker(edits=duties.edits, operations=duties.operations, device=device)
-        output.tell("working; Ctrl-C stops")
-        with on_signals(lambda: worker.end(settings.grace_seconds)):
+        worker.pulse = application.pulse()
+        with (
+            application.served(worker.pulse, port=metrics_port),
+            on_signals(lambda: worker.end(settings.grace_seconds)),
+        ):
+            output.tell("working; Ctrl-C stops")
             worker.serve()
     output.tell("stopped; nothing is held any more")
 
@@ -140,10 +146,11 @@ def start(
 def beat(
     workspace: common.WorkspaceOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    metrics_port: common.MetricsPortOption = None,
 ) -> None:
     """Fire schedules, watch inboxes, return what lost workers held and ring for what is ready, until stopped.
 
-    Several may run at once: each time of a schedule, and each dropped recipe, becomes one run.
+    It tells webhooks of runs that end. Several may run at once: each time of a schedule, and each drop, becomes one run.
 
     Example: kontext-batch workers beat --workspace kontext-out
     """
@@ -155,12 +162,17 @@ def beat(
     from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import Planner
     from kontext_batch.services.schedules import Scheduler
+    from kontext_batch.services.watch import Watch
 
     stopping = threading.Event()
     output.tell("beating; Ctrl-C stops")
-    with stopped_by_signals(stopping), common.opened(workspace) as application:
+    with stopped_by_signals(stopping), common.opened(workspace) as application, ExitStack() as served:
         watcher = application.watcher()
+        pulse, watch, notifier = application.pulse(), Watch(application.repository), application.notifier()
+        served.enter_context(application.served(pulse, port=metrics_port))
+        served.enter_context(pulse.working())
         while not stopping.is_set():
+            pulse.beat()
             with ExitStack() as opened:
 
                 def planner(uri: str, opened: ExitStack = opened) -> Planner:
@@ -182,6 +194,8 @@ def beat(
                         output.tell(f"run {run_id}")
                     for run_id in watcher.tick(inbox_planner):
                         output.tell(f"run {run_id}")
+                    notifier.tick()
+                    watch.tick()
                 except InfrastructureError as error:  # a database that is restarted comes back
                     output.tell(f"{error}; trying again")
             stopping.wait(every)

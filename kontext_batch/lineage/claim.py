@@ -347,7 +347,13 @@ def _release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
     back = conn.execute(
         sa.update(t.steps)
         .where(in_state(STEPS.state, StepState.LEASED), pair_in(STEPS.id, STEPS.lease_token, steps))
-        .values(state=StepState.READY, lease_owner=None, lease_until=None, attempts=STEPS.attempts - 1)
+        .values(
+            state=StepState.READY,
+            lease_owner=None,
+            lease_until=None,
+            attempts=STEPS.attempts - 1,
+            ready_since=now(),
+        )
         .returning(STEPS.id, STEPS.lease_token)
     ).all()
     end_attempts(conn, [(row.id, row.lease_token) for row in back], "released", None)
@@ -368,7 +374,9 @@ def reconcile(conn: sa.Connection, *, gone_workers: Iterable[str], max_losses: i
     poison = [row.id for row in lost if row.losses + 1 >= max_losses]
     back = [row.id for row in lost if row.losses + 1 < max_losses]
     free = {"lease_owner": None, "lease_until": None, "losses": STEPS.losses + 1, "batch_limit": 1}
-    conn.execute(sa.update(t.steps).where(among(STEPS.id, back)).values(state=StepState.READY, **free))
+    conn.execute(
+        sa.update(t.steps).where(among(STEPS.id, back)).values(state=StepState.READY, ready_since=now(), **free)
+    )
     if poison:
         said = f"quarantined: {max_losses} workers were lost while they computed it"
         conn.execute(

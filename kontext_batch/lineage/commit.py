@@ -78,6 +78,7 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         fenced=tuple(step_id for step_id, token in stale if (step_id, token) not in earlier),
         woken=woken,
         deliverable=deliverable,
+        batch_id=batch_id,
     )
 
 
@@ -177,6 +178,7 @@ def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | Non
             .values(
                 state=StepState.FAILED if final else StepState.READY,
                 not_before=None if result.retry_in is None else now_plus(result.retry_in),
+                ready_since=None if result.retry_in is None else now_plus(result.retry_in),
                 lease_owner=None,
                 lease_until=None,
                 error=error,

@@ -28,7 +28,11 @@ def free_children(conn: sa.Connection, done: Sequence[int]) -> dict[str, int]:
     update = (
         sa.update(t.steps)
         .where(STEPS.id == waiting.c.child, in_state(STEPS.state, StepState.BLOCKED))
-        .values(deps_left=left, state=sa.case((left == 0, StepState.READY.value), else_=StepState.BLOCKED.value))
+        .values(
+            deps_left=left,
+            state=sa.case((left == 0, StepState.READY.value), else_=StepState.BLOCKED.value),
+            ready_since=sa.case((left == 0, now())),
+        )
         .returning(STEPS.lane, STEPS.state)
     )
     if conn.dialect.name == "postgresql":  # commits that share children lock them in one order
@@ -100,6 +104,7 @@ def put_back(conn: sa.Connection, waits: Mapping[int, int]) -> None:
                 batch_limit=None,
                 not_before=None,
                 error=None,
+                ready_since=None if count else now(),
             )
         )
     _wait_again(conn, waits)

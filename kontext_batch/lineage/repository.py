@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import claim, commit, deliveries, garbage, inbox, moving, queries, runs, schedules, submit
+from kontext_batch.lineage import (
+    claim,
+    commit,
+    deliveries,
+    events,
+    garbage,
+    inbox,
+    moving,
+    queries,
+    runs,
+    schedules,
+    standing,
+    submit,
+)
 from kontext_batch.lineage.engine import Transactions, open_database
 from kontext_batch.lineage.verify import Violation, verify
+from kontext_batch.planning.events import ClaimedSend, Webhook, WebhookRow
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropRow, DropState, NewDrop
 from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
@@ -26,6 +40,7 @@ from kontext_batch.ports import (
     RunSummary,
     SettledDelivery,
     SourceInput,
+    Standing,
     StepResult,
     StepRow,
     StoredInstance,
@@ -178,6 +193,33 @@ class SqlRepository:
 
     def retry_drop(self, drop: int | str) -> DropRow:
         return self._db.write(inbox.retry_drop, drop)
+
+    # ---- events
+
+    def address_events(self, webhooks: Sequence[Webhook]) -> int:
+        return self._db.write(events.address_events, webhooks) if self._db.read(events.unaddressed) else 0
+
+    def claim_sends(self, webhooks: Sequence[str], *, limit: int, seconds: float) -> Sequence[ClaimedSend]:
+        if not self._db.read(events.anything_due, webhooks):
+            return []
+        return self._db.write(events.claim_sends, webhooks, limit=limit, seconds=seconds)
+
+    def settle_send(
+        self,
+        send_id: int,
+        token: int,
+        *,
+        error: str | None = None,
+        retry_in: float | None = None,
+        untried: bool = False,
+    ) -> bool:
+        return self._db.write(events.settle_send, send_id, token, error=error, retry_in=retry_in, untried=untried)
+
+    def webhook_rows(self) -> Sequence[WebhookRow]:
+        return self._db.read(events.webhook_rows)
+
+    def standing(self) -> Standing:
+        return self._db.read(standing.standing)
 
     # ---- workers
 

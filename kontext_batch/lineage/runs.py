@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.events import note_end
 from kontext_batch.lineage.graph import cancel_unwanted, charge, collected, open_run, put_back
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.sql import among, exists, in_state, now
@@ -96,6 +98,7 @@ def cancel_run(conn: sa.Connection, run_id: int) -> int:
     live = _live(conn, run_id)
     count = cancel_unwanted(conn, live)
     charge(conn, live)  # what other runs want goes on on their account
+    note_end(conn, run(conn, run_id))
     return count
 
 
@@ -151,7 +154,10 @@ def finish_runs(conn: sa.Connection) -> list[tuple[int, RunState]]:
     finished = []
     for summary in _summaries(conn, RUNS.id.in_(finishable(conn))):
         state = final_state(summary)
-        conn.execute(sa.update(t.runs).where(RUNS.id == summary.id).values(state=state, finished=now()))
+        moment = conn.scalar(
+            sa.update(t.runs).where(RUNS.id == summary.id).values(state=state, finished=now()).returning(RUNS.finished)
+        )
+        note_end(conn, replace(summary, state=state, finished=moment))
         finished.append((summary.id, state))
     return sorted(finished)
 

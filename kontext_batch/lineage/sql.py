@@ -17,6 +17,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.type_api import TypeEngine
 
 from kontext_batch.hashing import canonical_json
+from kontext_batch.observability.masking import mask
 from kontext_batch.planning.plan import Axes
 from kontext_batch.planning.states import StepState
 
@@ -214,5 +215,5 @@ def bulk_insert(conn: sa.Connection, table: sa.Table, columns: Sequence[str], ro
 
 
 def stored_text(text: str) -> str:
-    """`text` as both databases can hold it: no NUL, no lone surrogate, bounded."""
-    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "�")[:10_000]
+    """`text` as both databases can hold it: no NUL, no lone surrogate, bounded; and without credentials."""
+    return mask(text[:20_000]).encode("utf-8", "replace").decode("utf-8").replace("\0", "�")[:10_000]

@@ -14,7 +14,7 @@ from kontext_batch.lineage.graph import charge, collected, put_back
 from kontext_batch.lineage.inbox import taken_by
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.schedules import started_by
-from kontext_batch.lineage.sql import among, axes_text, bulk_insert, now
+from kontext_batch.lineage.sql import UtcTime, among, axes_text, bulk_insert, now
 from kontext_batch.planning.plan import Plan, PlannedStep
 from kontext_batch.planning.states import LIVE, RunState, StepState
 from kontext_batch.ports import NewRun
@@ -117,7 +117,8 @@ def _new_ids(conn: sa.Connection, count: int) -> list[int]:
 
 
 def _insert_steps(conn: sa.Connection, run_id: int, new: Sequence[tuple[int, PlannedStep, int]]) -> None:
-    columns = ("id", "key", "operation", "lane", "state", "deps_left", "run_id")
+    moment = UtcTime().process_bind_param(conn.execute(sa.select(now())).scalar_one(), conn.dialect)
+    columns = ("id", "key", "operation", "lane", "state", "deps_left", "run_id", "ready_since")
     bulk_insert(
         conn,
         t.steps,
@@ -131,6 +132,7 @@ def _insert_steps(conn: sa.Connection, run_id: int, new: Sequence[tuple[int, Pla
                 (StepState.BLOCKED if count else StepState.READY).value,
                 count,
                 run_id,
+                None if count else moment,
                 1,
                 0,
                 0,

@@ -79,6 +79,7 @@ steps = sa.Table(
     # Its account: of the open runs that want it a running one, of the highest priority, the oldest. No foreign key:
     # SQLite can add none to a table that is there.
     sa.Column("run_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite")),
+    sa.Column("ready_since", UtcTime),  # from when it might have been claimed, while ready
     sa.UniqueConstraint("key"),
     sa.CheckConstraint("deps_left >= 0", name="deps_left"),
     sa.CheckConstraint("(state = 'leased') = (lease_owner IS NOT NULL)", name="lease"),
@@ -356,3 +357,38 @@ inbox = sa.Table(
 )
 _busy = inbox.c.state.in_([sa.literal_column(f"'{state}'") for state in ("accepted", "claimed")])
 sa.Index("ix_inbox_busy", inbox.c.claimed_until, sqlite_where=_busy, postgresql_where=_busy)
+events = sa.Table(
+    "events",
+    metadata,
+    _id(),
+    sa.Column("uid", sa.Text, nullable=False),  # what receivers know it by
+    sa.Column("name", sa.Text, nullable=False),  # planning.events.name_of
+    sa.Column("owner", sa.Text, nullable=False),
+    _ref("run_id", "runs.id", nullable=True),
+    sa.Column("data", sa.JSON, nullable=False),
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("addressed", UtcTime),  # since when it has its rows in `event_sends`
+    sa.UniqueConstraint("uid"),
+    sa.Index(None, "run_id"),
+)
+_new = events.c.addressed.is_(None)
+sa.Index("ix_events_unaddressed", events.c.id, sqlite_where=_new, postgresql_where=_new)
+
+event_sends = sa.Table(
+    "event_sends",
+    metadata,
+    _id(),
+    _ref("event_id", "events.id"),
+    sa.Column("webhook", sa.Text, nullable=False),  # its name; URL and secret are never in the database
+    sa.Column("state", sa.Text, nullable=False),  # waiting, delivered, given_up
+    sa.Column("tries", sa.Integer, nullable=False),  # begun
+    sa.Column("token", sa.Integer, nullable=False),  # grows with each claim: the fence
+    sa.Column("due", UtcTime, nullable=False),  # when it may be claimed; moved ahead by a claim
+    sa.Column("error", sa.Text),  # of the last try
+    sa.Column("decided", UtcTime),
+    sa.UniqueConstraint("event_id", "webhook"),
+)
+_waiting = event_sends.c.state == sa.literal_column("'waiting'")
+_given_up = event_sends.c.state == sa.literal_column("'given_up'")
+sa.Index("ix_event_sends_waiting", event_sends.c.due, sqlite_where=_waiting, postgresql_where=_waiting)
+sa.Index("ix_event_sends_given_up", event_sends.c.webhook, sqlite_where=_given_up, postgresql_where=_given_up)

@@ -81,6 +81,17 @@ class ContentFilter(Protocol):
     def allows(self, data: bytes) -> bool: ...
 
 
+class Post(Protocol):
+    """Sends events to the webhooks of the settings, signed."""
+
+    def post(self, webhook: str, event_id: str, body: bytes) -> None:
+        """Returns when the receiver has taken it.
+
+        Raises `InfrastructureError` when it has not, for now, and `ObjectNotFound` when it wants nothing any more.
+        """
+        ...
+
+
 class WakeUps(Protocol):
     """Rings the workers. A lost, doubled or late ring is harmless: nothing ready, nothing done."""
 

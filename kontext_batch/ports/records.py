@@ -218,6 +218,8 @@ class CommitReport:
     """Lane -> number of steps that became ready."""
     deliverable: int = 0
     """Deliveries that may be brought now."""
+    batch_id: int | None = None
+    """Of the batch's row; None when it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +281,26 @@ class RunSummary:
     failed_deliveries: int
     skipped_deliveries: int = 0
     """Those of `delivered` that were left out: something was there, or a newer run had delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How everything stands at one moment, for the metrics."""
+
+    steps: Mapping[tuple[str, StepState], int]
+    """(lane, live state) -> steps."""
+    queue_age: Mapping[str, float]
+    """Lane with ready steps -> seconds since the oldest might have been claimed; paused runs and later retries count
+    nothing."""
+    runs: Mapping[RunState, int]
+    """Open runs by state."""
+    pending_deliveries: int
+    workers: int
+    """Those that have not said goodbye."""
+    longest_silence: float
+    """Seconds since the heartbeat of the most silent one of them."""
+    sends: Mapping[tuple[str, str], int]
+    """(webhook, `waiting` or `given_up`) -> events."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from kontext_batch.planning.events import ClaimedSend, Webhook, WebhookRow
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropRow, DropState, NewDrop
 from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
@@ -23,6 +24,7 @@ from kontext_batch.ports.records import (
     RunSummary,
     SettledDelivery,
     SourceInput,
+    Standing,
     StepResult,
     StepRow,
     StoredInstance,
@@ -202,6 +204,46 @@ class Repository(Protocol):
 
         Raises `ObjectNotFound`, and `SettingsError` when there is nothing to be tried again.
         """
+        ...
+
+    # ---- events
+
+    def address_events(self, webhooks: Sequence[Webhook]) -> int:
+        """Make a send of each event that is new for each webhook that wants it; returns how many.
+
+        Each final state that a run is given makes an event, in the same transaction. One that was made long ago
+        (`planning.events.KEPT_FOR`) is for nobody any more.
+        """
+        ...
+
+    def claim_sends(self, webhooks: Sequence[str], *, limit: int, seconds: float) -> Sequence[ClaimedSend]:
+        """Sends to these webhooks whose time has come, and those that another process claimed and lost `seconds` ago.
+
+        Each is a try more.
+        """
+        ...
+
+    def settle_send(
+        self,
+        send_id: int,
+        token: int,
+        *,
+        error: str | None = None,
+        retry_in: float | None = None,
+        untried: bool = False,
+    ) -> bool:
+        """Without an `error` it is delivered; with one, it is tried again in `retry_in` seconds, or given up.
+
+        `untried`: nothing was sent, so that the try counts for nothing. False when the claim has moved on.
+        """
+        ...
+
+    def webhook_rows(self) -> Sequence[WebhookRow]:
+        """How the events of each webhook stand, by name."""
+        ...
+
+    def standing(self) -> Standing:
+        """How everything stands: a few counts over what is live."""
         ...
 
     # ---- workers

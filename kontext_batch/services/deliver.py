@@ -13,6 +13,7 @@ import structlog
 
 from kontext_batch.errors import InfrastructureError, KontextBatchError, NotAllowed, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.observability import metrics
 from kontext_batch.ports import ContentFilter, ObjectStore, PendingDelivery, Repository, SettledDelivery
 from kontext_batch.services.artifacts import read_artifact
 
@@ -53,12 +54,14 @@ def deliver_pending(
     run_id: int | None = None,
     content_filter: ContentFilter | None = None,
     admit: Callable[[Iterable[str]], None] | None = None,
+    on_delivery: Callable[[], None] = lambda: None,
 ) -> int:
     """Deliver what is finished and claimed by nobody else, up to `AT_ONCE` images; returns how many are settled.
 
     A delivery that cannot be made, or that the content filter does not allow, is recorded as failed. Raises
     `InfrastructureError` (a full disk, a store that does not answer) with the rest still pending.
     `admit`: told of the recipes of what is claimed, whose places are about to be used.
+    `on_delivery` is called before each.
     """
     claimed = repository.claim_deliveries(worker_id, limit=AT_ONCE, seconds=CLAIM_SECONDS, run_id=run_id)
     if not claimed:
@@ -69,6 +72,7 @@ def deliver_pending(
     told = 0
     try:
         for delivery in claimed:
+            on_delivery()
             try:
                 placed = _placed(repository, store, delivery, content_filter)
             except KontextBatchError as error:
@@ -76,8 +80,10 @@ def deliver_pending(
                     raise  # the next would meet the same; what is pending stays so, and the same command goes on
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
                 settled.append(SettledDelivery(delivery.id, error=str(error)))
+                metrics.DELIVERIES.labels("failed").inc()
             else:
                 settled.append(SettledDelivery(delivery.id, placed.path, placed.version, placed.skipped))
+                metrics.DELIVERIES.labels("skipped" if placed.skipped else "delivered").inc()
                 if delivery.if_exists == "replace":  # others look at what is recorded before they replace it
                     repository.settle_deliveries(worker_id, settled[told:])
                     told = len(settled)

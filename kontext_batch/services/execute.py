@@ -26,6 +26,7 @@ from kontext_batch.errors import (
     StorageReadOnly,
 )
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.observability import metrics
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
     Artifact,
@@ -109,7 +110,10 @@ class Executor:
                 done.append((step, picture, fetched))
         results.extend(self._put(done))
         record = self._record(steps)
-        return self._patiently(lambda: self.repository.commit(record, results))
+        with metrics.timed("commit"):
+            report = self._patiently(lambda: self.repository.commit(record, results))
+        measure(steps[0].lane, results, report)
+        return report
 
     def _patiently(self, work: Callable[[], T]) -> T:
         """What is computed is not computed again for want of a short outage's patience; a commit may be repeated."""
@@ -156,7 +160,8 @@ class Executor:
         if lane == OPERATIONS_LANE:
             return [self._operate(step, job) for step, job, _ in loaded]
         try:
-            return self.editor.edit([job for _, job, _ in loaded], on_step=on_step)
+            with metrics.ACTIVITY.computing(), metrics.timed("compute"):
+                return self.editor.edit([job for _, job, _ in loaded], on_step=on_step)
         except (StepError, InfrastructureError) as error:
             return [error] * len(loaded)
 
@@ -225,11 +230,28 @@ def halved(step: LeasedStep, error: OutOfMemory, rows: int) -> StepFailed:
     return StepFailed(step.id, step.token, str(error), type(error).__name__, retry_in=0.0, batch_limit=limit)
 
 
+def measure(lane: str, results: Sequence[StepResult], report: CommitReport) -> None:
+    """Count what became of a batch."""
+    fenced = set(report.fenced)
+    for result in results:
+        if result.step_id in fenced:
+            outcome = "fenced"
+        elif isinstance(result, StepDone):
+            outcome = "done"
+        else:
+            outcome = "failed" if result.retry_in is None else "retried"
+            metrics.FAULTS.labels(result.error_class, outcome).inc()
+        metrics.STEPS.labels(lane, outcome).inc()
+        for phase, seconds in result.timings.items():
+            metrics.PHASE_SECONDS.labels(phase).observe(seconds)
+
+
 def failure(step: LeasedStep, error: Exception) -> StepFailed:
     """Whose fault it is decides what becomes of the step."""
     retry_in = retry_delay(step.attempt) if isinstance(error, InfrastructureError) else None
+    about = {"step": step.id, "run": step.run_id, "key": step.key, "attempt": step.attempt, "error": str(error)}
     if retry_in is not None:
-        log.warning("step put back", step=step.key, attempt=step.attempt, retry_in=round(retry_in, 1), error=str(error))
+        log.warning("step put back", **about, retry_in=round(retry_in, 1))
     else:
-        log.warning("step failed", step=step.key, error=str(error))
+        log.warning("step failed", **about)
     return StepFailed(step.id, step.token, error=str(error), error_class=type(error).__name__, retry_in=retry_in)

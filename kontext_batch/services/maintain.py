@@ -8,9 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
+import structlog
 
 from kontext_batch.errors import NotAllowed, StorageReadOnly
+from kontext_batch.observability import metrics
 from kontext_batch.ports import ObjectStore, ReconcileReport, Repository, WorkerInfo
+
+log = structlog.get_logger(__name__)
 
 MAX_LOSSES = 3
 """A step that lost this many workers is quarantined."""
@@ -36,7 +40,13 @@ def _alive(worker: WorkerInfo) -> bool:
 
 def reconcile(repository: Repository) -> ReconcileReport:
     """Return what lost workers held: at once for processes of this host, else when their leases run out."""
-    return repository.reconcile(gone_workers=gone_workers(repository.workers()), max_losses=MAX_LOSSES)
+    report = repository.reconcile(gone_workers=gone_workers(repository.workers()), max_losses=MAX_LOSSES)
+    if lost := report.returned + report.quarantined:
+        metrics.LEASES_LOST.inc(lost)
+        metrics.QUARANTINED.inc(report.quarantined)
+        tell = log.warning if report.quarantined else log.info
+        tell("leases of lost workers came back", returned=report.returned, quarantined=report.quarantined)
+    return report
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The embedded default runs it in the process of `run`; a cluster's workers run th
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
+from kontext_batch.observability import metrics
+from kontext_batch.observability.health import Pulse
+from kontext_batch.observability.logs import about_batch
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import (
@@ -69,7 +73,8 @@ class Heartbeat:
             try:
                 self._repository.extend_leases(self._worker_id, self._lease)
             except Exception:  # the next beat may succeed; without one the leases run out, which is safe
-                log.exception("heartbeat failed")
+                metrics.HEARTBEATS_FAILED.inc()
+                log.exception("heartbeat failed", worker=self._worker_id)
 
 
 @dataclass(slots=True)
@@ -94,6 +99,10 @@ class Worker:
     """Set to end: the batch in flight is finished, nothing more is claimed."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
+    has_device: bool = True
+    """False of a worker that serves picture operations alone: it has no device that could be idle."""
+    pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
+    """Beats with each claim and each denoise step."""
 
     @property
     def ending(self) -> bool:
@@ -172,16 +181,17 @@ class Worker:
         """
         end = time.monotonic() + seconds
         found, again, look_again = False, True, 0.0
-        while again and not self.ending:
-            worked = self.work_once(ring=not found)
-            again = self.deliver() > 0 or worked
-            found = found or again
-            if not again or time.monotonic() >= look_again:
-                look_again = time.monotonic() + LOOK_SECONDS
-                self.repository.finish_runs()
-            if again and time.monotonic() >= end:
-                self.wake_ups.wake({self.turns.lane or OPERATIONS_LANE: 1})
-                break
+        with self.pulse.working():
+            while again and not self.ending:
+                worked = self.work_once(ring=not found)
+                again = self.deliver() > 0 or worked
+                found = found or again
+                if not again or time.monotonic() >= look_again:
+                    look_again = time.monotonic() + LOOK_SECONDS
+                    self.repository.finish_runs()
+                if again and time.monotonic() >= end:
+                    self.wake_ups.wake({self.turns.lane or OPERATIONS_LANE: 1})
+                    break
         return found
 
     def deliver(self, *, run_id: int | None = None) -> int:
@@ -195,10 +205,15 @@ class Worker:
             run_id=run_id,
             content_filter=self.content_filter,
             admit=self.admit,
+            on_delivery=self.pulse.beat,
         )
 
     def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None, ring: bool = False) -> bool:
         """Claim and execute one batch; False when nothing is ready. `ring`: wake another worker when it is full."""
+        if self.has_device:
+            metrics.ACTIVITY.begin()
+        self.pulse.beat()
+        started = time.perf_counter()
         steps = self.repository.claim(
             self.info.id,
             limit=self.batch_rows,
@@ -209,11 +224,25 @@ class Worker:
         )
         if not steps:
             return False
+        metrics.PHASE_SECONDS.labels("claim").observe(time.perf_counter() - started)
+        metrics.BATCH_STEPS.labels(steps[0].lane).observe(len(steps))
+        metrics.BATCH_OCCUPANCY.labels(steps[0].lane).observe(len(steps) / self.batch_rows)
         self.turns.took(steps)
         if ring and len(steps) == self.batch_rows:
             self.wake_ups.wake({steps[0].lane: 1})
+        with about_batch(
+            worker=self.info.id,
+            lane=steps[0].lane,
+            steps=[step.id for step in steps],
+            runs=[step.run_id for step in steps],
+        ):
+            return self._execute(steps, on_step)
+
+    def _execute(self, steps: Sequence[LeasedStep], on_step: OnStep | None) -> bool:
+        """False when it was stopped and the steps were given back."""
 
         def on_row_step(done: int, total: int) -> None:
+            self.pulse.beat()
             if on_step is not None:
                 on_step(done, total)
             if self.stopping.is_set():
@@ -223,13 +252,15 @@ class Worker:
             report = self.executor.run(steps, on_step=on_row_step)
         except Stopped:
             self._release(steps)
+            log.info("batch given back")
             return False
         except (StorageFull, StorageReadOnly, NotAllowed):
             self._release(steps)  # not their fault: they wait until there is room, or another place
             raise
         if report.fenced:
-            log.warning("results dropped: another worker held these steps", steps=list(report.fenced))
+            log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
         self._ring_others(report)
+        log.info("batch committed", batch=report.batch_id, committed=len(report.committed))
         return True
 
     def _rank(self, ready: Sequence[Ready]) -> Sequence[Share]:
@@ -254,3 +285,4 @@ class Worker:
 
     def _release(self, steps: Sequence[LeasedStep]) -> None:
         self.repository.release([(step.id, step.token) for step in steps])
+        metrics.STEPS.labels(steps[0].lane, "released").inc(len(steps))

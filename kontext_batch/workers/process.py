@@ -6,6 +6,7 @@ SIGUSR2 from its parent says: finish the batch in flight, and when it comes agai
 
 from __future__ import annotations
 
+import logging
 import signal
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from celery import current_app, signals
 
 from kontext_batch.bootstrap import open_application
 from kontext_batch.errors import InfrastructureError
+from kontext_batch.observability import hide_password, set_up_logging
 from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings, load_settings
@@ -37,6 +39,7 @@ class Duties:
     device: str | None
     edits: bool
     operations: bool
+    metrics_port: int | None = None
 
     def as_data(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +66,8 @@ class WorkerProcess:
             )
             for _ in range(self._ends):
                 worker.end(self._settings.grace_seconds)
+            worker.pulse = application.pulse()
+            opened.enter_context(application.served(worker.pulse, port=self._duties.metrics_port))
             opened.enter_context(worker.registered())
             reconcile(worker.repository)  # what this worker's last child held is free at once
             self._opened, self._worker = opened.pop_all(), worker
@@ -109,7 +114,11 @@ def this_process() -> WorkerProcess:
 @signals.worker_process_init.connect
 def _start(**_: Any) -> None:
     global _process
-    _process = WorkerProcess(load_settings(), Duties(**current_app.conf[DUTIES]))
+    settings = load_settings()
+    hide_password(settings.database_url)
+    hide_password(settings.broker_url)
+    set_up_logging(json=settings.log_format == "json", level=logging.getLevelNamesMapping()[settings.log_level.upper()])
+    _process = WorkerProcess(settings, Duties(**current_app.conf[DUTIES]))
     signal.signal(END_SIGNAL, _process.end)
     try:
         _process.open()
