@@ -24,8 +24,10 @@ from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.ports import ContentFilter, ModelRow, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import SHIPPED, ModelEntry, Registry, shipped_folder, signature
 from kontext_batch.services.execute import Executor
+from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.prepare import Planner
+from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.keys import ObjectKeys
@@ -168,7 +170,13 @@ class Application:
             batch_rows=self.settings.batch_rows,
             content_filter=self.content_filter,
             keep_bytes=self.settings.cache_limit,
+            turns=Turns(run_cap=self.settings.run_cap, owner_cap=self.settings.owner_cap),
+            limits=self.limits(),
         )
+
+    def limits(self) -> Limits:
+        """Above which a run is paused."""
+        return Limits(failures=self.settings.failure_limit, share=self.settings.failure_share)
 
     def close(self) -> None:
         """Give the database's connections back."""

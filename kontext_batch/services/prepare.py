@@ -17,7 +17,7 @@ from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.planner import plan_recipe
 from kontext_batch.planning.slices import only_of, part_of
 from kontext_batch.planning.states import LIVE, StepState
-from kontext_batch.ports import NewRun, Repository, StoredInstance, WakeUps
+from kontext_batch.ports import Act, NewRun, Repository, StoredInstance, WakeUps
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.services.guard import delivery_faults
 from kontext_batch.services.look import Looker, base_of
@@ -199,10 +199,11 @@ def submit(
     trigger: str,
     priority: int = 0,
     fire: tuple[int, int] | None = None,
+    by: Act | None = None,
 ) -> int:
     """Store the run and ring the workers; returns the run's id. Raises `PlanRefused` with everything against it.
 
-    `fire`: as of `Repository.create_run`.
+    `fire`, `by`: as of `Repository.create_run`.
     """
     if prepared.refusals:
         raise PlanRefused(prepared.refusals)
@@ -218,7 +219,7 @@ def submit(
         selection={"only": {k: list(v) for k, v in prepared.selection.only.items()}, "limit": prepared.selection.limit},
         budget=dict(plan.budget),
     )
-    run_id = repository.create_run(run, plan, fire=fire)
+    run_id = repository.create_run(run, plan, fire=fire, by=by)
     lanes: dict[str, int] = {}
     for step in plan.steps:
         lanes[step.lane] = lanes.get(step.lane, 0) + 1
