@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kontext_batch.cli import models, output, plan, recipes, run, runs, schedules, steps, workspace
+from kontext_batch.cli import admin, export, models, output, plan, recipes, run, runs, schedules, steps, workspace
 from kontext_batch.errors import (
     AuthorError,
     KontextBatchError,
@@ -67,15 +67,20 @@ for command in (
     workspace.gc,
 ):
     app.command()(command)
+runs.app.command()(export.export)
+workspace.workers.command("list")(admin.list_workers)
+workspace.workers.command()(admin.drain)
 for noun in (
     runs.app,
     steps.app,
+    admin.batches,
     recipes.app,
     schedules.app,
     models.app,
     models.adapters,
     workspace.workers,
     workspace.db,
+    admin.audit,
 ):
     app.add_typer(noun)
 
