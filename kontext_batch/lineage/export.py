@@ -26,15 +26,15 @@ RUN_STEPS, DELIVERIES, ATTEMPTS, BATCHES, MEMBERS = (
 
 
 def page(conn: sa.Connection, run_id: int, after: int) -> list[ExportedInstance]:
-    """Of the run: the instances behind place `after` of the plan, at most `PAGE`. Raises `ObjectNotFound`."""
+    """Of the run: the `PAGE` instances behind place `after` of the plan, less at its end. Raises `ObjectNotFound`."""
     if after < 0 and conn.scalar(sa.select(t.runs.c.id).where(t.runs.c.id == run_id)) is None:
         raise ObjectNotFound(f"there is no run {run_id}")
     rows = conn.execute(
         step_rows()
         .add_columns(RUN_STEPS.ordinal, RUN_STEPS.take, RUN_STEPS.cached)
-        .where(RUN_STEPS.run_id == run_id, RUN_STEPS.ordinal > after)
+        # A range, for places follow one another: PostgreSQL sorts the whole run for a limit.
+        .where(RUN_STEPS.run_id == run_id, RUN_STEPS.ordinal.between(after + 1, after + PAGE))
         .order_by(RUN_STEPS.ordinal)
-        .limit(PAGE)
     ).all()
     attempts = _attempts(conn, sorted({row.id for row in rows}))
     deliveries = _deliveries(conn, run_id, [row.ordinal for row in rows])

@@ -114,13 +114,14 @@ def pause_run(conn: sa.Connection, run_id: int, *, reason: str | None = None) ->
 
 def resume_run(conn: sa.Connection, run_id: int, *, gpu_minutes: float | None = None) -> bool:
     moved = _move(conn, run_id, RunState.PAUSED, RunState.RUNNING)
-    if moved:
-        _excuse(conn, run_id)
+    if not moved:
+        return False
+    _excuse(conn, run_id)
     if gpu_minutes is not None:
         budget = conn.scalar(sa.select(RUNS.budget).where(RUNS.id == run_id)) or {}
         raised = {**budget, "gpu_minutes": gpu_minutes}
         conn.execute(sa.update(t.runs).where(RUNS.id == run_id).values(budget=raised))
-    return moved
+    return True
 
 
 def prioritize_run(conn: sa.Connection, run_id: int, priority: int) -> None:
@@ -169,7 +170,8 @@ def finish_runs(conn: sa.Connection) -> list[tuple[int, RunState]]:
     finished = []
     for summary in _summaries(conn, RUNS.id.in_(finishable(conn))):
         state = final_state(summary)
-        conn.execute(sa.update(t.runs).where(RUNS.id == summary.id).values(state=state, finished=now()))
+        # A paused run may end: what was begun was all that was left. Then nothing stands against it any more.
+        conn.execute(sa.update(t.runs).where(RUNS.id == summary.id).values(state=state, finished=now(), reason=None))
         finished.append((summary.id, state))
     return sorted(finished)
 

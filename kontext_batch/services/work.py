@@ -33,7 +33,7 @@ from kontext_batch.services.turns import Turns
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-"""Between two looks at how a run stands: it takes 40 to 70 ms at 100,000 steps."""
+"""Between two looks at how a run stands: it takes 25 ms at 100,000 steps."""
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 ORDERS_SECONDS = 3.0
@@ -167,7 +167,7 @@ class Worker:
                     reconcile(self.repository)
                     running = [run for run in self.repository.runs(limit=SERVED_RUNS) if run.finished is None]
                     if not all(map(covers, running)):
-                        return
+                        break
                     running.sort(key=lambda run: (-run.priority, run.id))
                     worked = any(self.work_once(run_id=run.id) for run in running)
                     delivered = sum(

@@ -108,6 +108,7 @@ def test_a_run_that_has_used_up_its_budget_is_paused_and_goes_on_with_a_larger_o
         resume(repository, run_id)
     assert repository.run(run_id).state is RunState.PAUSED
     assert resume(repository, run_id, gpu_minutes=2.0)
+    assert not resume(repository, run_id, gpu_minutes=3.0), "it is not paused: nothing changes"
     summary = repository.run(run_id)
     assert (summary.state, summary.reason) == (RunState.RUNNING, None)
     assert summary.budget == {"gpu_minutes": 2.0, "outputs": 9.0}
@@ -131,6 +132,15 @@ def test_a_run_in_which_too_much_fails_is_paused(repository: SqlRepository, limi
     assert repository.run(run_id).reason == reason
     assert enforce(repository, limits) == []
     assert repository.verify() == []
+
+
+def test_a_paused_run_with_nothing_left_ends_and_nothing_stands_against_it(repository: SqlRepository) -> None:
+    run_id = budgeted(repository, make_plan({"a": []}), 0.01)
+    [step] = claim(repository)
+    repository.commit(record([step]), [sampled(step, 3.5)])
+    assert len(enforce(repository, Limits())) == 1
+    assert repository.finish_runs() == [(run_id, RunState.DONE)]
+    assert repository.run(run_id).reason is None
 
 
 def test_who_lets_a_run_go_on_knows_of_its_failures(repository: SqlRepository) -> None:

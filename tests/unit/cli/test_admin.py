@@ -6,6 +6,8 @@ import csv
 import hashlib
 import io
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,23 @@ def test_batches_and_workers_are_shown(studio: Path, capsys: pytest.CaptureFixtu
     assert "draining" in capsys.readouterr().out
     for wrong_arguments in (["w9"], [], ["w1", "--all", "--yes"]):
         assert main.main(["workers", "drain", *wrong_arguments]) == 2
+
+
+def test_a_worker_that_is_told_to_drain_ends(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["submit", "sizes.yaml"]) == 0
+    codes: list[int] = []
+    serving = threading.Thread(target=lambda: codes.append(main.main(["workers", "start"])))
+    serving.start()
+    repository = SqlRepository(url(studio))
+    deadline = time.monotonic() + 60
+    while repository.run(1).finished is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert main.main(["workers", "drain", "--all", "--yes"]) == 0
+    serving.join(60)
+    assert codes == [0]
+    assert repository.workers() == []
+    repository.close()
 
 
 def test_a_run_over_its_budget_goes_on_with_a_larger_one(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
