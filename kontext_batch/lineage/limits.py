@@ -58,7 +58,8 @@ def usage_insert(conn: sa.Connection, worker_id: str, seconds: dict[int, float])
     """Adds run id -> seconds to what that worker has sampled for those runs."""
     insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.run_usage)
     rows = [{"run_id": run_id, "worker_id": worker_id, "gpu_seconds": each} for run_id, each in sorted(seconds.items())]
-    return insert.values(rows).on_conflict_do_update(
+    # SQLAlchemy keeps the text of a statement with one row, and makes that of several anew each time.
+    return insert.values(rows[0] if len(rows) == 1 else rows).on_conflict_do_update(
         index_elements=["run_id", "worker_id"],
         set_={"gpu_seconds": USAGE.gpu_seconds + insert.excluded.gpu_seconds},
     )
