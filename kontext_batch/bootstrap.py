@@ -31,6 +31,7 @@ from kontext_batch.registry import SHIPPED, ModelEntry, Registry, shipped_folder
 from kontext_batch.services.bundles import BundleLimits
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.inbox import Watcher
+from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.notify import Notifier
 from kontext_batch.services.prepare import Planner
@@ -225,11 +226,16 @@ class Application:
             lease_seconds=self.settings.lease_seconds,
             batch_rows=self.settings.batch_rows,
             wake_ups=self.wake_ups,
-            turns=Turns(lanes=partial(_serves, edits, operations)),
+            turns=Turns(
+                lanes=partial(_serves, edits, operations),
+                run_cap=self.settings.run_cap,
+                owner_cap=self.settings.owner_cap,
+            ),
             has_device=edits,
             admit=self.admit,
             content_filter=self.content_filter,
             keep_bytes=self.settings.cache_limit,
+            limits=self.limits(),
         )
 
     def notifier(self) -> Notifier:
@@ -273,6 +279,10 @@ class Application:
             yield served
         finally:
             served.close()
+
+    def limits(self) -> Limits:
+        """Above which a run is paused."""
+        return Limits(failures=self.settings.failure_limit, share=self.settings.failure_share)
 
     def close(self) -> None:
         """Give the connections to database and broker back."""

@@ -151,6 +151,16 @@ class Settings(BaseSettings):
     """Most bytes of a source picture."""
     max_steps: PositiveInt = 1_000_000
     """Most step instances of one recipe."""
+    run_cap: PositiveInt | None = None
+    """Most steps of one run that are leased at once, over all workers; left out, any number."""
+    owner_cap: PositiveInt | None = None
+    """Most steps of all runs of one owner that are leased at once."""
+    failure_limit: NonNegativeInt | None = None
+    """Failed steps above which a run is paused; left out, any number."""
+    failure_share: float | None = Field(default=None, ge=0.0, le=1.0)
+    """The same as a part of the run's steps: 0.1 is one in ten."""
+    tokens_file: Path | None = None
+    """YAML file: sha256 of a token -> name. Who gives a token in `KONTEXT_BATCH_TOKEN` acts under that name."""
     models_file: Path = Field(default_factory=lambda: user_config_path("kontext-batch") / "models.json")
     """Where `models add` keeps the registry."""
     content_filter: str | None = None

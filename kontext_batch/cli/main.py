@@ -20,7 +20,21 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kontext_batch.cli import inbox, models, output, plan, recipes, run, runs, schedules, steps, webhooks, workspace
+from kontext_batch.cli import (
+    admin,
+    export,
+    inbox,
+    models,
+    output,
+    plan,
+    recipes,
+    run,
+    runs,
+    schedules,
+    steps,
+    webhooks,
+    workspace,
+)
 from kontext_batch.errors import (
     AuthorError,
     KontextBatchError,
@@ -68,9 +82,13 @@ for command in (
     workspace.gc,
 ):
     app.command()(command)
+runs.app.command()(export.export)
+workspace.workers.command("list")(admin.list_workers)
+workspace.workers.command()(admin.drain)
 for noun in (
     runs.app,
     steps.app,
+    admin.batches,
     recipes.app,
     schedules.app,
     inbox.app,
@@ -79,6 +97,7 @@ for noun in (
     models.adapters,
     workspace.workers,
     workspace.db,
+    admin.audit,
 ):
     app.add_typer(noun)
 

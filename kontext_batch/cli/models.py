@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import act
 from kontext_batch.errors import SettingsError
 
 if TYPE_CHECKING:
+    from kontext_batch.ports import Act
     from kontext_batch.registry import ModelEntry, Registry
     from kontext_batch.settings import Settings
 
@@ -74,7 +76,9 @@ def add(
     complete = registry.with_model(name, entry)
     if load:
         editor.check_model(entry.path)
+    by = act(settings, "models add", sha256=entry.sha256)
     complete.write(settings.models_file)
+    _note(settings, by, f"model:{name}")
     output.say(f"model {name}: {entry.layout} layout, {native_size(entry.native_area)}, sha256 {entry.sha256[:12]}")
 
 
@@ -138,7 +142,9 @@ def remove(name: NameArgument) -> None:
     if name == SHIPPED:
         raise SettingsError(f"model '{SHIPPED}' comes with the package")
     settings, registry = _registry()
+    by = act(settings, "models remove")
     registry.without("models", name).write(settings.models_file)
+    _note(settings, by, f"model:{name}")
     output.say(f"model {name} is no longer registered")
 
 
@@ -173,7 +179,9 @@ def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption =
     file = path.absolute()
     sha256 = editor.hash_adapter(file)
     entry = AdapterEntry(path=file, sha256=sha256, signature=signature(file), licence=licence)
+    by = act(settings, "adapters add", sha256=sha256)
     registry.with_adapter(name, entry).write(settings.models_file)
+    _note(settings, by, f"adapter:{name}")
     output.say(f"adapter {name}: sha256 {sha256[:12]}")
 
 
@@ -184,7 +192,9 @@ def remove_adapter(name: NameArgument) -> None:
     Example: kontext-batch adapters remove brand-look
     """
     settings, registry = _registry()
+    by = act(settings, "adapters remove")
     registry.without("adapters", name).write(settings.models_file)
+    _note(settings, by, f"adapter:{name}")
     output.say(f"adapter {name} is no longer registered")
 
 
@@ -208,3 +218,19 @@ def _entry(registry: Registry, name: str) -> ModelEntry:
         known = ", ".join(sorted(registry.models)) or "none"
         raise SettingsError(f"model '{name}' is not registered; registered: {known}")
     return registry.models[name]
+
+
+def _note(settings: Settings, by: Act, subject: str) -> None:
+    """Write down who changed the registry, where a database is at hand: that of the settings, or of a workspace here.
+
+    The registry is a file for all workspaces and has changed already: a database that is away is told and no fault.
+    """
+    from kontext_batch.errors import KontextBatchError
+
+    if settings.database_url is None and not (Path.cwd() / common.WORKSPACE).is_dir():
+        return
+    try:
+        with common.opened(None) as application:
+            application.repository.note(by, subject)
+    except KontextBatchError as error:
+        output.tell(f"this act could not be written down: {error}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import act
 from kontext_batch.errors import PlanRefused
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def run(
     with common.opened(workspace, at=at) as application:
         ready = common.prepared(application, at, common.selection(only, limit))
         announce(ready, as_json=as_json)
-        run_id = submitted(application, ready, priority=priority, as_json=as_json)
+        run_id = submitted(application, ready, priority=priority, as_json=as_json, action="run")
         paths = [each.path for each in ready.plan.deliveries]
         raise typer.Exit(work(application, run_id, paths, as_json=as_json))
 
@@ -66,7 +67,7 @@ def submit(
     with common.opened(workspace, at=at) as application:
         ready = common.prepared(application, at, common.selection(only, limit))
         announce(ready, as_json=as_json)
-        run_id = submitted(application, ready, priority=priority, as_json=as_json)
+        run_id = submitted(application, ready, priority=priority, as_json=as_json, action="submit")
         if as_json:
             output.event("finished", run=run_id, state="running", exit=EXIT_DONE)
 
@@ -106,23 +107,25 @@ def announce(ready: Prepared, *, as_json: bool) -> None:
         raise PlanRefused(ready.refusals)
 
 
-def submitted(application: Application, ready: Prepared, *, priority: int, as_json: bool) -> int:
-    """The run of this plan: the unfinished one of an earlier command, else a new one."""
+def submitted(application: Application, ready: Prepared, *, priority: int, as_json: bool, action: str) -> int:
+    """The run of this plan: the unfinished one of an earlier command, else a new one. `action`: for the records."""
     from kontext_batch.planning.limits import sources
+    from kontext_batch.services.limits import resume
     from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import submit as store_run
     from kontext_batch.services.questions import unfinished_run
 
+    by = act(application.settings, action)
     application.settle(sources(ready.plan))
     run_id = unfinished_run(application.repository, ready)
     continued = run_id is not None
     if run_id is not None:
         # Asked for anew: what was blamed for earlier kills, or failed, gets another chance, as in a new run.
         reconcile(application.repository)
-        application.repository.resume_run(run_id)
-        application.repository.retry_run(run_id)
+        resume(application.repository, run_id)
+        application.repository.retry_run(run_id, by=by)
     else:
-        run_id = store_run(application.repository, application.wake_ups, ready, trigger="cli", priority=priority)
+        run_id = store_run(application.repository, application.wake_ups, ready, trigger="cli", priority=priority, by=by)
     if as_json:
         output.event("submitted", run=run_id, continued=continued)
     else:
@@ -144,7 +147,11 @@ def work(
     with stopped_by_signals(worker.stopping), progress_of_run as progress:
         summary = worker.run_until_done(run_id, on_step=progress.on_step, on_progress=progress.on_progress)
     if summary.finished is None and summary.state is RunState.PAUSED:
-        message = f"somebody paused the run; `kontext-batch runs resume {run_id}`, or the same command, lets it go on"
+        message = (
+            f"the run is paused: {summary.reason}"
+            if summary.reason
+            else f"somebody paused the run; `kontext-batch runs resume {run_id}`, or the same command, lets it go on"
+        )
         if as_json:
             output.event("paused", run=run_id, message=message, exit=EXIT_INTERRUPTED)
         else:

@@ -1,4 +1,4 @@
-"""`status` and `runs list|show|retry|cancel|pause|resume|prioritize`."""
+"""`status` and `runs list|show|retry|cancel|pause|resume|prioritize`; `runs export` is in `export`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import YesOption, act, confirm
 from kontext_batch.cli.run import outputs_text, report, shown_uri, submitted, undelivered_data, undelivered_line, work
 from kontext_batch.errors import SettingsError
 
 if TYPE_CHECKING:
-    from kontext_batch.ports import Repository, RunSummary, StepRow
+    from kontext_batch.bootstrap import Application
+    from kontext_batch.ports import RunSummary, StepRow
     from kontext_batch.services.prepare import Prepared
 
 app = typer.Typer(name="runs", help="Runs of a workspace.", no_args_is_help=True, rich_markup_mode=None)
@@ -42,6 +44,8 @@ def status(
         output.say_json(summary)
         return
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}, by {summary.owner}, from {summary.source}")
+    for line in _told(summary):
+        output.say(line)
     output.say(f"steps: {_steps(summary)}; {summary.cached} were cached")
     failed = f", {summary.failed_deliveries} failed" if summary.failed_deliveries else ""
     output.say(f"{outputs_text(summary)}{failed}")
@@ -112,6 +116,8 @@ def show(
         output.say_json({"run": summary, "steps": rows, "undelivered": undelivered_data(lost), "skipped": left})
         return
     output.say(f"run {summary.id} {summary.state}: {summary.recipe}; {_steps(summary)}" + _finished(summary))
+    for line in _told(summary):
+        output.say(line)
     if rows or state is None:
         step_table(rows)
     else:
@@ -167,10 +173,13 @@ def retry(
             takes = questions.next_takes(application.repository, before, step)
             ready = common.prepared(application, at, chosen, takes=takes, within=within)
             paths = [each.path for each in ready.plan.deliveries]
-            number = submitted(application, ready, priority=summary.priority, as_json=as_json)
+            number = submitted(
+                application, ready, priority=summary.priority, as_json=as_json, action="runs retry --take"
+            )
         else:
             keys = None if failed else questions.chosen_keys(application.repository, number, chosen.only, step)
-            count = application.repository.retry_run(number, keys=keys)
+            by = act(application.settings, "runs retry", steps="failed" if keys is None else len(keys))
+            count = application.repository.retry_run(number, keys=keys, by=by)
             now = application.repository.run(number)
             waiting = application.repository.pending_deliveries(number, limit=summary.deliveries)
             _tell_again(summary, count, len(waiting), going=now.finished is None, failed=failed)
@@ -181,14 +190,29 @@ def retry(
 
 
 @app.command()
-def cancel(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
-    """Stop a run; steps that other runs want go on.
+def cancel(
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Numbers of runs.", show_default=False)],
+    drain: Annotated[bool, typer.Option("--drain", help="Let what is being computed be finished.")] = False,
+    yes: YesOption = False,
+    workspace: common.WorkspaceOption = None,
+) -> None:
+    """Stop runs; steps that other runs want go on. What is being computed stops at its next denoise step.
 
-    Example: kontext-batch runs cancel 12
+    Several runs are cancelled only when you say so, or with --yes.
+
+    Example: kontext-batch runs cancel 12 --drain
     """
-    with _open_run(run, workspace) as (repository, number):
-        count = repository.cancel_run(number)
-    output.say(f"run {number} is cancelled; {count} steps will not be computed")
+    from kontext_batch.services.questions import open_run
+
+    with common.opened(workspace) as application:
+        repository = application.repository
+        numbers = [open_run(repository, each).id for each in dict.fromkeys(run)]
+        if len(numbers) > 1:
+            confirm(f"{len(numbers)} runs will be cancelled.", yes=yes)
+        by = act(application.settings, "runs cancel", drain=drain)
+        for number in numbers:
+            count = repository.cancel_run(number, drain=drain, by=by)
+            output.say(f"run {number} is cancelled; {count} steps will not be computed")
 
 
 @app.command()
@@ -197,19 +221,32 @@ def pause(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
 
     Example: kontext-batch runs pause 12
     """
-    with _open_run(run, workspace) as (repository, number):
-        paused = repository.pause_run(number)
+    with _open_run(run, workspace) as (application, number):
+        paused = application.repository.pause_run(number, by=act(application.settings, "runs pause"))
     output.say(f"run {number} is paused" if paused else f"run {number} is paused already")
 
 
 @app.command()
-def resume(run: RunArgument, workspace: common.WorkspaceOption = None) -> None:
+def resume(
+    run: RunArgument,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", metavar="MINUTES", min=0, help="GPU minutes of the whole run.", show_default=False),
+    ] = None,
+    workspace: common.WorkspaceOption = None,
+) -> None:
     """Let a paused run go on; workers compute it, or `run` with its recipe.
 
-    Example: kontext-batch runs resume 12
+    A run whose budget is used up needs a larger one. Failures so far no longer count against the limit.
+
+    Example: kontext-batch runs resume 12 --budget 300
     """
-    with _open_run(run, workspace) as (repository, number):
-        resumed = repository.resume_run(number)
+    from kontext_batch.services.limits import resume as let_go_on
+
+    with _open_run(run, workspace) as (application, number):
+        details = {} if budget is None else {"gpu_minutes": budget}
+        by = act(application.settings, "runs resume", **details)
+        resumed = let_go_on(application.repository, number, gpu_minutes=budget, by=by)
     output.say(f"run {number} goes on" if resumed else f"run {number} is not paused")
 
 
@@ -223,18 +260,19 @@ def prioritize(
 
     Example: kontext-batch runs prioritize 12 5
     """
-    with _open_run(run, workspace) as (repository, number):
-        repository.prioritize_run(number, priority)
+    with _open_run(run, workspace) as (application, number):
+        by = act(application.settings, "runs prioritize", priority=priority)
+        application.repository.prioritize_run(number, priority, by=by)
     output.say(f"run {number} has priority {priority}")
 
 
 @contextmanager
-def _open_run(run: str, workspace: Path | None) -> Iterator[tuple[Repository, int]]:
-    """The repository, and the number of an unfinished run of it."""
+def _open_run(run: str, workspace: Path | None) -> Iterator[tuple[Application, int]]:
+    """The workspace, and the number of an unfinished run of it."""
     from kontext_batch.services.questions import open_run
 
     with common.opened(workspace) as application:
-        yield application.repository, open_run(application.repository, run).id
+        yield application, open_run(application.repository, run).id
 
 
 def _check_beside(workspace: Path, summary: RunSummary) -> None:
@@ -301,6 +339,17 @@ def step_table(rows: Sequence[StepRow]) -> None:
 
 def _steps(summary: RunSummary) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(summary.steps.items())) or "none"
+
+
+def _told(summary: RunSummary) -> Iterator[str]:
+    """Why it stands still or was stopped, and what it has used."""
+    if summary.reason:
+        verb = "paused" if summary.finished is None else "stopped"
+        yield f"{verb}: {summary.reason}"
+    budget = summary.budget.get("gpu_minutes")
+    if summary.gpu_seconds or budget is not None:
+        of = "" if budget is None else f" of {budget:g}"
+        yield f"sampled: {summary.gpu_seconds / 60:.2f}{of} GPU minutes"
 
 
 def _finished(summary: RunSummary) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import YesOption, act, confirm
 from kontext_batch.cli.run import announce, submitted
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def add(
         recipe, _ = application.planner().looker.recipe(at.uri, shown=at.shown)
         options = {"cron": cron, "tz": tz, "catch_up": catch_up, "overlap": overlap, "stop_at": stop_at}
         chosen = _chosen(recipe.schedule, options, only_changed)
+        by = act(application.settings, "schedules add", recipe=at.uri, cron=chosen["cron"], tz=chosen["tz"])
         application.settle()
         schedule = Schedule(name=name or recipe.name, recipe=at.uri, priority=priority, **chosen)
-        application.repository.add_schedule(schedule)
+        application.repository.add_schedule(schedule, by=by)
     first = next_fire(schedule.cron, schedule.tz, datetime.now(UTC))
     output.say(f"schedule {schedule.name}: first at {_local(first, schedule.tz)}")
 
@@ -143,7 +145,8 @@ def pause(name: NameArgument, workspace: common.WorkspaceOption = None) -> None:
     Example: kontext-batch schedules pause nightly
     """
     with common.opened(workspace) as application:
-        paused = application.repository.pause_schedule(name, paused=True)
+        by = act(application.settings, "schedules pause")
+        paused = application.repository.pause_schedule(name, paused=True, by=by)
     output.say(f"schedule {name} is paused" if paused else f"schedule {name} is paused already")
 
 
@@ -154,18 +157,21 @@ def resume(name: NameArgument, workspace: common.WorkspaceOption = None) -> None
     Example: kontext-batch schedules resume nightly
     """
     with common.opened(workspace) as application:
-        resumed = application.repository.pause_schedule(name, paused=False)
+        by = act(application.settings, "schedules resume")
+        resumed = application.repository.pause_schedule(name, paused=False, by=by)
     output.say(f"schedule {name} fires again" if resumed else f"schedule {name} is not paused")
 
 
 @app.command()
-def remove(name: NameArgument, workspace: common.WorkspaceOption = None) -> None:
+def remove(name: NameArgument, yes: YesOption = False, workspace: common.WorkspaceOption = None) -> None:
     """Take a schedule away; its runs stay.
 
-    Example: kontext-batch schedules remove nightly
+    Example: kontext-batch schedules remove nightly --yes
     """
     with common.opened(workspace) as application:
-        application.repository.remove_schedule(name)
+        _named(application, name)
+        confirm(f"Schedule '{name}' and its times will be gone.", yes=yes)
+        application.repository.remove_schedule(name, by=act(application.settings, "schedules remove"))
     output.say(f"schedule {name} is removed")
 
 
@@ -181,7 +187,7 @@ def run_now(name: NameArgument, workspace: common.WorkspaceOption = None, as_jso
     with common.opened(workspace, source=schedule.recipe) as application:
         ready = common.prepared(application, at, common.selection(None, None))
         announce(ready, as_json=as_json)
-        run_id = submitted(application, ready, priority=schedule.priority, as_json=as_json)
+        run_id = submitted(application, ready, priority=schedule.priority, as_json=as_json, action="schedules run-now")
         if as_json:
             output.event("finished", run=run_id, state="running", exit=0)
 

@@ -170,10 +170,11 @@ def _headline(row: StepRow) -> str:
 def _say_attempts(attempts: Sequence[AttemptRow]) -> None:
     for each in attempts:
         took = "" if each.ended is None else f", {(each.ended - each.started).total_seconds():.1f} s"
+        batch = "" if each.batch_id is None else f", batch {each.batch_id}"
         timings = " ".join(f"{name}={seconds:.2f}s" for name, seconds in sorted(each.timings.items()))
         output.say(
             f"  attempt {each.number} {each.outcome or 'running'}: {each.started:%Y-%m-%d %H:%M:%S}{took} "
-            f"on {each.worker_id} {timings}" + (f"\n    {each.error}" if each.error else "")
+            f"on {each.worker_id}{batch} {timings}" + (f"\n    {each.error}" if each.error else "")
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import YesOption, act, confirm
 from kontext_batch.cli.run import on_signals, stopped_by_signals
 from kontext_batch.errors import SettingsError
 
@@ -46,19 +47,30 @@ def gc(
         int | None,
         typer.Option(min=0, help="Bytes of artifacts to keep; left out, cache_limit.", show_default=False),
     ] = None,
+    yes: YesOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Remove artifacts above the size limit that can be computed again, and uploads of nobody.
+
+    Artifacts are removed only when you say so, or with --yes.
 
     Example: kontext-batch gc --dry-run --keep-bytes 1000000000
     """
     from kontext_batch.services.maintain import collect_garbage, reconcile
 
     with common.opened(workspace) as application:
+        repository, store = application.repository, application.store
         keep = application.settings.cache_limit if keep_bytes is None else keep_bytes
         if not dry_run:
-            reconcile(application.repository)
-        gone = collect_garbage(application.repository, application.store, keep_bytes=keep, dry_run=dry_run)
+            reconcile(repository)
+        gone = collect_garbage(repository, store, keep_bytes=keep, dry_run=True)
+        if not dry_run:
+            if gone.artifacts:
+                confirm(f"{gone.artifacts} artifacts of {gone.bytes} bytes will be removed.", yes=yes)
+            by = act(application.settings, "gc", keep_bytes=keep, artifacts=gone.artifacts, bytes=gone.bytes)
+            if gone.artifacts or gone.orphans:
+                repository.note(by, "artifacts")
+            gone = collect_garbage(repository, store, keep_bytes=keep)
     if as_json:
         output.say_json(gone)
         return
@@ -73,8 +85,15 @@ def upgrade(workspace: common.WorkspaceOption = None) -> None:
     Example: kontext-batch db upgrade --workspace kontext-out
     """
     from kontext_batch.lineage import migrate
+    from kontext_batch.lineage.tables import REVISION
 
-    migrate.upgrade(_url(workspace))
+    url = _url(workspace)
+    found = migrate.current(url)
+    migrate.upgrade(url)
+    if found not in (None, REVISION):
+        with common.opened(workspace) as application:
+            by = act(application.settings, "db upgrade", old=found, new=REVISION)
+            application.repository.note(by, "database")
     output.say("the database is up to date")
 
 
@@ -148,9 +167,9 @@ def beat(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
     metrics_port: common.MetricsPortOption = None,
 ) -> None:
-    """Fire schedules, watch inboxes, return what lost workers held and ring for what is ready, until stopped.
+    """Fire schedules, watch inboxes, keep runs within limits, return what lost workers held and ring, until stopped.
 
-    It tells webhooks of runs that end. Several may run at once: each time of a schedule, and each drop, becomes one run.
+    It tells webhooks of runs that end. Several may run at once: each time of a schedule, each drop becomes one run.
 
     Example: kontext-batch workers beat --workspace kontext-out
     """
@@ -159,6 +178,7 @@ def beat(
     from functools import cache
 
     from kontext_batch.errors import InfrastructureError
+    from kontext_batch.services.limits import enforce
     from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import Planner
     from kontext_batch.services.schedules import Scheduler
@@ -190,6 +210,8 @@ def beat(
                 try:
                     reconcile(application.repository)
                     application.wake_ups.wake(application.repository.waiting_lanes())
+                    for run_id, reason in enforce(application.repository, application.limits()):
+                        output.tell(f"run {run_id} is paused: {reason}")
                     for run_id in Scheduler(application.repository, application.wake_ups, planner).tick():
                         output.tell(f"run {run_id}")
                     for run_id in watcher.tick(inbox_planner):

@@ -27,53 +27,13 @@ from kontext_batch.ports import (
     ReconcileReport,
     Share,
     SourceInput,
-    WorkerInfo,
 )
+from kontext_batch.services.turns import Turns
 
 STEPS = t.steps.c
 IMAGE, LATENTS = "image", "latents"
 _CAP_LOCK = 0x6B6F6E76
 """Of claims that keep to caps: what one of them counts, no other may change meanwhile."""
-
-
-# -------------------------------------------------------------------------------------------------------- workers
-
-
-def register_worker(conn: sa.Connection, worker: WorkerInfo) -> None:
-    values: dict[str, Any] = {
-        "host": worker.host,
-        "pid": worker.pid,
-        "process_started": worker.process_started,
-        "device": worker.device,
-        "engine": dict(worker.engine),
-        "registered": now(),
-        "heartbeat": now(),
-        "retired": None,
-    }
-    if not conn.execute(sa.update(t.workers).where(t.workers.c.id == worker.id).values(values)).rowcount:
-        conn.execute(sa.insert(t.workers).values(id=worker.id, **values))
-
-
-def workers(conn: sa.Connection) -> list[WorkerInfo]:
-    rows = conn.execute(sa.select(t.workers).where(t.workers.c.retired.is_(None)).order_by(t.workers.c.registered))
-    return [WorkerInfo(row.id, row.host, row.pid, row.process_started, row.device, row.engine) for row in rows]
-
-
-def retire_worker(conn: sa.Connection, worker_id: str) -> None:
-    release_all(conn, worker_id)
-    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(retired=now()))
-
-
-def release_all(conn: sa.Connection, worker_id: str) -> None:
-    lock_graph(conn, alone=True)
-    held = conn.execute(
-        sa.select(STEPS.id, STEPS.lease_token)
-        .where(in_state(STEPS.state, StepState.LEASED), STEPS.lease_owner == worker_id)
-        .order_by(STEPS.id)
-        .with_for_update(key_share=True)
-    )
-    _release(conn, [(row.id, row.lease_token) for row in held])
-    free_deliveries(conn, [worker_id])
 
 
 # ---------------------------------------------------------------------------------------------------------- claim
@@ -91,7 +51,7 @@ def claim(
 ) -> list[LeasedStep]:
     if capped and conn.dialect.name == "postgresql":
         conn.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_CAP_LOCK})")
-    shares = (ranking or by_priority)(_ready(conn))
+    shares = (ranking or Turns())(_ready(conn))
     if run_id is not None:  # its own account first; of the others, the steps that it wants as well
         shares = sorted(shares, key=lambda share: share.run_id != run_id)
     chosen: dict[int, Any] = {}
@@ -116,12 +76,6 @@ def claim(
             break
     # None at all: nothing is ready, or other workers hold it at this moment.
     return _lease(conn, worker_id, lane, chosen, lease_seconds) if chosen else []
-
-
-def by_priority(ready: Sequence[Ready]) -> list[Share]:
-    """The highest priority first, then the oldest run."""
-    ranked = sorted(ready, key=lambda each: (-each.priority, each.run_id, each.lane))
-    return [Share(each.run_id, each.lane) for each in ranked]
 
 
 def _ready(conn: sa.Connection) -> list[Ready]:

@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import free_children, skip_below, welcome_back
+from kontext_batch.lineage.limits import usage_insert
 from kontext_batch.lineage.sql import among, in_state, now, now_plus, pair_in, stored_text
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, BatchRecord, CommitReport, StepDone, StepFailed, StepResult
@@ -21,6 +22,8 @@ from kontext_batch.ports import Artifact, BatchRecord, CommitReport, StepDone, S
 STEPS, ATTEMPTS, UPLOADS = t.steps.c, t.attempts.c, t.uploads.c
 Pairs = Sequence[tuple[int, int]]
 """(step id, token)."""
+Held = Mapping[int, tuple[int, int]]
+"""Step id -> (token, run on whose account it is), of those that are leased."""
 
 
 def intend_uploads(conn: sa.Connection, uploads: Sequence[tuple[str, int, int]]) -> None:
@@ -36,7 +39,7 @@ def intend_uploads(conn: sa.Connection, uploads: Sequence[tuple[str, int, int]])
                 "uri": uri,
                 "step_id": step_id,
                 "token": token,
-                "state": "intent" if held.get(step_id) == token else "orphaned",
+                "state": "intent" if _holds(held, step_id, token) else "orphaned",
             }
             for uri, step_id, token in uploads
         ],
@@ -48,12 +51,14 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         return CommitReport(committed=(), fenced=(), woken={})
     lock_graph(conn, alone=False)
     held = _held(conn, {result.step_id for result in results})
-    valid = [result for result in results if held.get(result.step_id) == result.token]
-    stale = [(result.step_id, result.token) for result in results if held.get(result.step_id) != result.token]
+    valid = [result for result in results if _holds(held, result.step_id, result.token)]
+    stale = [(each.step_id, each.token) for each in results if not _holds(held, each.step_id, each.token)]
     done = [result for result in valid if isinstance(result, StepDone)]
     failed = [result for result in valid if isinstance(result, StepFailed)]
 
-    batch_id = _record_batch(conn, batch) if batch is not None and valid else None
+    batch_id = None
+    if batch is not None and valid:
+        batch_id = _record_batch(conn, batch, _sampled(results, held))
     woken: Mapping[str, int] = {}
     deliverable = 0
     if done:
@@ -73,7 +78,7 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         committed=tuple(
             result.step_id
             for result in results
-            if held.get(result.step_id) == result.token or (result.step_id, result.token) in earlier
+            if _holds(held, result.step_id, result.token) or (result.step_id, result.token) in earlier
         ),
         fenced=tuple(step_id for step_id, token in stale if (step_id, token) not in earlier),
         woken=woken,
@@ -82,18 +87,39 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
     )
 
 
-def _held(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, int]:
-    """Step id -> token, of those that are leased; locked until the end of the transaction."""
+def _held(conn: sa.Connection, step_ids: Iterable[int]) -> Held:
+    """Those that are leased, locked until the end of the transaction."""
     rows = conn.execute(
-        sa.select(STEPS.id, STEPS.lease_token)
+        sa.select(STEPS.id, STEPS.lease_token, STEPS.run_id)
         .where(among(STEPS.id, sorted(step_ids)), in_state(STEPS.state, StepState.LEASED))
         .order_by(STEPS.id)
         .with_for_update(key_share=True)
     )
-    return {row.id: row.lease_token for row in rows}
+    return {row.id: (row.lease_token, row.run_id) for row in rows}
 
 
-def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:
+def _holds(held: Held, step_id: int, token: int) -> bool:
+    return step_id in held and held[step_id][0] == token
+
+
+def _sampled(results: Sequence[StepResult], held: Held) -> dict[int, float]:
+    """Run -> seconds that the device sampled on its account.
+
+    Rows of a batch are sampled side by side, so a batch takes as long as its longest row, and each of its n rows is
+    charged with an n-th.
+    """
+    sampled = [result for result in results if result.timings.get("sample")]
+    seconds: dict[int, float] = {}
+    if sampled:
+        share = max(result.timings["sample"] for result in sampled) / len(sampled)
+        for result in sampled:
+            if _holds(held, result.step_id, result.token):
+                run_id = held[result.step_id][1]
+                seconds[run_id] = seconds.get(run_id, 0.0) + share
+    return seconds
+
+
+def _record_batch(conn: sa.Connection, batch: BatchRecord, sampled: dict[int, float]) -> int:
     """All its members, those with a stale token too: how a batch was composed explains its pixels."""
     values = {
         "worker_id": batch.worker_id,
@@ -104,7 +130,14 @@ def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:
         "libraries": dict(batch.libraries),
         "committed": now(),
     }
-    batch_id = int(conn.execute(sa.insert(t.batches).values(values).returning(t.batches.c.id)).scalar_one())
+    insert = sa.insert(t.batches).values(values).returning(t.batches.c.id)
+    if sampled:
+        used = usage_insert(conn, batch.worker_id, sampled)
+        if conn.dialect.name == "postgresql":  # in one statement: each is a round trip there
+            insert = insert.add_cte(used.cte("used"))
+        else:
+            conn.execute(used)
+    batch_id = int(conn.execute(insert).scalar_one())
     members = {each.step_id: each for each in batch.members}
     if members:
         conn.execute(

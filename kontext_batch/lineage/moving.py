@@ -30,7 +30,7 @@ def follow_artifacts(conn: sa.Connection, old: str, new: str) -> None:
     recipe goes on, since it shares their steps.
     """
     for run_id in conn.scalars(sa.select(t.runs.c.id).where(open_run())).all():
-        cancel_run(conn, run_id)
+        cancel_run(conn, run_id, reason="the workspace was moved or copied; run the recipe from where it lies now")
     for column in (ARTIFACTS.uri, UPLOADS.uri):
         rest = sa.func.substr(column, len(old) + 1)
         conn.execute(

@@ -171,14 +171,14 @@ def _upsert(
 
 
 def run_steps(conn: sa.Connection, run_id: int, *, states: Iterable[StepState] | None = None) -> list[StepRow]:
-    query = _step_rows().where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal)
+    query = step_rows().where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal)
     if states is not None:
         query = query.where(among(STEPS.state, [state.value for state in states]))
     return [_step_row(row) for row in conn.execute(query)]
 
 
 def steps_by_id(conn: sa.Connection, ids: Iterable[int]) -> list[StepRow]:
-    return _newest(conn, _step_rows().where(among(STEPS.id, ids)))
+    return _newest(conn, step_rows().where(among(STEPS.id, ids)))
 
 
 def find_steps(conn: sa.Connection, text: str, *, run_id: int | None = None) -> list[StepRow]:
@@ -200,7 +200,7 @@ def find_steps(conn: sa.Connection, text: str, *, run_id: int | None = None) -> 
         found.append(by_output.where(outputs.sha256.startswith(text, autoescape=True)))
         found.append(by_delivery.where(deliveries.sha256.startswith(text, autoescape=True)))
     places = sa.union(*found).subquery("places")
-    query = _step_rows().join(
+    query = step_rows().join(
         places, sa.and_(places.c.run_id == RUN_STEPS.run_id, places.c.ordinal == RUN_STEPS.ordinal)
     )
     if run_id is not None:
@@ -218,7 +218,7 @@ def _newest(conn: sa.Connection, query: sa.Select[Any]) -> list[StepRow]:
     return list(found.values())
 
 
-def _step_rows() -> sa.Select[Any]:
+def step_rows() -> sa.Select[Any]:
     """Instances with their steps and pictures; a picture that was collected is still told."""
     outputs, artifacts = t.step_outputs.c, t.artifacts.c
     return (
@@ -250,10 +250,14 @@ def _step_rows() -> sa.Select[Any]:
     )
 
 
+def picture_of(row: sa.Row[Any]) -> Artifact | None:
+    """The picture in a row of `step_rows`."""
+    if row.sha256 is None:
+        return None
+    return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+
+
 def _step_row(row: sa.Row[Any]) -> StepRow:
-    artifact = None
-    if row.sha256 is not None:
-        artifact = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
     return StepRow(
         id=row.id,
         key=row.key,
@@ -267,17 +271,20 @@ def _step_row(row: sa.Row[Any]) -> StepRow:
         losses=row.losses,
         error=row.error,
         params=row.params,
-        artifact=artifact,
+        artifact=picture_of(row),
     )
 
 
 def attempts(conn: sa.Connection, step_id: int) -> list[AttemptRow]:
     columns = t.attempts.c
     rows = conn.execute(sa.select(t.attempts).where(columns.step_id == step_id).order_by(columns.token))
-    return [
-        AttemptRow(row.number, row.worker_id, row.batch_id, row.started, row.ended, row.outcome, row.error, row.timings)
-        for row in rows
-    ]
+    return [attempt_row(row) for row in rows]
+
+
+def attempt_row(row: sa.Row[Any]) -> AttemptRow:
+    return AttemptRow(
+        row.number, row.worker_id, row.batch_id, row.started, row.ended, row.outcome, row.error, row.timings
+    )
 
 
 def ancestors(conn: sa.Connection, step_id: int) -> list[tuple[int, int, str]]:

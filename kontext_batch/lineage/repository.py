@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from kontext_batch.lineage import (
+    audit,
     claim,
     commit,
     deliveries,
     events,
+    export,
     garbage,
     inbox,
+    limits,
     moving,
     queries,
     runs,
     schedules,
     standing,
     submit,
+    workers,
 )
 from kontext_batch.lineage.engine import Transactions, open_database
 from kontext_batch.lineage.verify import Violation, verify
@@ -26,17 +30,23 @@ from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import (
+    Act,
     Artifact,
     AttemptRow,
+    AuditRow,
     BatchRecord,
+    BatchRow,
     CommitReport,
+    ExportedInstance,
     InputRecord,
     LeasedStep,
     ModelRow,
     NewRun,
+    Orders,
     PendingDelivery,
     Ranking,
     ReconcileReport,
+    RunFigures,
     RunSummary,
     SettledDelivery,
     SourceInput,
@@ -45,6 +55,7 @@ from kontext_batch.ports import (
     StepRow,
     StoredInstance,
     WorkerInfo,
+    WorkerRow,
 )
 
 
@@ -93,23 +104,28 @@ class SqlRepository:
         *,
         fire: tuple[int, int] | None = None,
         drop: tuple[int, int] | None = None,
+        by: Act | None = None,
     ) -> int:
-        return self._db.write(submit.create_run, run, plan, fire, drop)
+        return self._db.write(audit.acted, by, "run:{}".format, submit.create_run, run, plan, fire, drop)
 
-    def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None) -> int:
-        return self._db.write(runs.retry_run, run_id, keys=None if keys is None else list(keys))
+    def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None, by: Act | None = None) -> int:
+        chosen = None if keys is None else list(keys)
+        return self._db.write(audit.acted, by, f"run:{run_id}", runs.retry_run, run_id, keys=chosen)
 
-    def cancel_run(self, run_id: int) -> int:
-        return self._db.write(runs.cancel_run, run_id)
+    def cancel_run(self, run_id: int, *, drain: bool = False, reason: str | None = None, by: Act | None = None) -> int:
+        return self._db.write(audit.acted, by, f"run:{run_id}", runs.cancel_run, run_id, drain=drain, reason=reason)
 
-    def pause_run(self, run_id: int) -> bool:
-        return self._db.write(runs.pause_run, run_id)
+    def pause_run(self, run_id: int, *, reason: str | None = None, by: Act | None = None) -> bool:
+        return self._db.write(audit.acted, by, f"run:{run_id}", runs.pause_run, run_id, reason=reason)
 
-    def resume_run(self, run_id: int) -> bool:
-        return self._db.write(runs.resume_run, run_id)
+    def resume_run(self, run_id: int, *, gpu_minutes: float | None = None, by: Act | None = None) -> bool:
+        return self._db.write(audit.acted, by, f"run:{run_id}", runs.resume_run, run_id, gpu_minutes=gpu_minutes)
 
-    def prioritize_run(self, run_id: int, priority: int) -> None:
-        self._db.write(runs.prioritize_run, run_id, priority)
+    def prioritize_run(self, run_id: int, priority: int, *, by: Act | None = None) -> None:
+        self._db.write(audit.acted, by, f"run:{run_id}", runs.prioritize_run, run_id, priority)
+
+    def run_figures(self, run_id: int | None = None) -> Sequence[RunFigures]:
+        return self._db.read(limits.run_figures, run_id)
 
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:
         return self._db.write(runs.finish_runs) if self._db.read(runs.finishable) else []
@@ -126,19 +142,25 @@ class SqlRepository:
     def run_steps(self, run_id: int, *, states: Iterable[StepState] | None = None) -> Sequence[StepRow]:
         return self._db.read(queries.run_steps, run_id, states=states)
 
+    def export(self, run_id: int) -> Iterator[ExportedInstance]:
+        found = self._db.read(export.page, run_id, -1)
+        while found:
+            yield from found
+            found = self._db.read(export.page, run_id, found[-1].ordinal)
+
     # ---- schedules
 
-    def add_schedule(self, new: Schedule) -> None:
-        self._db.write(schedules.add_schedule, new)
+    def add_schedule(self, new: Schedule, *, by: Act | None = None) -> None:
+        self._db.write(audit.acted, by, f"schedule:{new.name}", schedules.add_schedule, new)
 
     def schedules(self) -> Sequence[StoredSchedule]:
         return self._db.read(schedules.schedules)
 
-    def pause_schedule(self, name: str, *, paused: bool) -> bool:
-        return self._db.write(schedules.pause_schedule, name, paused=paused)
+    def pause_schedule(self, name: str, *, paused: bool, by: Act | None = None) -> bool:
+        return self._db.write(audit.acted, by, f"schedule:{name}", schedules.pause_schedule, name, paused=paused)
 
-    def remove_schedule(self, name: str) -> None:
-        self._db.write(schedules.remove_schedule, name)
+    def remove_schedule(self, name: str, *, by: Act | None = None) -> None:
+        self._db.write(audit.acted, by, f"schedule:{name}", schedules.remove_schedule, name)
 
     def fires(self, name: str, *, limit: int = 20) -> Sequence[FireRow]:
         return self._db.read(schedules.fires, name, limit=limit)
@@ -224,16 +246,26 @@ class SqlRepository:
     # ---- workers
 
     def register_worker(self, worker: WorkerInfo) -> None:
-        self._db.write(claim.register_worker, worker)
+        self._db.write(workers.register_worker, worker)
 
     def workers(self) -> Sequence[WorkerInfo]:
-        return self._db.read(claim.workers)
+        return self._db.read(workers.workers)
 
     def retire_worker(self, worker_id: str) -> None:
-        self._db.write(claim.retire_worker, worker_id)
+        self._db.write(workers.retire_worker, worker_id)
+
+    def worker_rows(self, *, retired: bool = False) -> Sequence[WorkerRow]:
+        return self._db.read(workers.worker_rows, retired=retired)
+
+    def drain_workers(self, worker_id: str | None, *, by: Act | None = None) -> Sequence[str]:
+        subject = "workers" if worker_id is None else f"worker:{worker_id}"
+        return self._db.write(audit.acted, by, subject, workers.drain_workers, worker_id)
+
+    def orders(self, worker_id: str) -> Orders:
+        return self._db.read(workers.orders, worker_id)
 
     def release_all(self, worker_id: str) -> None:
-        self._db.write(claim.release_all, worker_id)
+        self._db.write(workers.release_all, worker_id)
 
     def claim(
         self,
@@ -319,6 +351,17 @@ class SqlRepository:
 
     def step_sources(self, step_id: int) -> Sequence[SourceInput]:
         return self._db.read(queries.step_sources, step_id)
+
+    def batch(self, batch_id: int) -> BatchRow:
+        return self._db.read(export.batch, batch_id)
+
+    # ---- acts of people
+
+    def note(self, by: Act, subject: str) -> None:
+        self._db.write(audit.note, by, subject)
+
+    def audit(self, *, subject: str | None = None, limit: int = 50) -> Sequence[AuditRow]:
+        return self._db.read(audit.audit, subject=subject, limit=limit)
 
     # ---- garbage
 

@@ -13,6 +13,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.events import note_end
 from kontext_batch.lineage.graph import cancel_unwanted, charge, collected, open_run, put_back
+from kontext_batch.lineage.limits import failed_steps, gpu_seconds
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.sql import among, exists, in_state, now
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
@@ -55,8 +56,9 @@ def retry_run(conn: sa.Connection, run_id: int, *, keys: Iterable[str] | None = 
         conn.execute(
             sa.update(t.runs)
             .where(RUNS.id == run_id, RUNS.state != RunState.PAUSED)
-            .values(state=RunState.RUNNING, finished=None)
+            .values(state=RunState.RUNNING, finished=None, reason=None, drain=False)
         )
+        _excuse(conn, run_id)
         charge(conn, [step.id for index, step in enumerate(known) if runs[index]])
     return len(again)
 
@@ -87,11 +89,18 @@ def _undelivered(conn: sa.Connection, run_id: int) -> set[int]:
     return set(conn.scalars(query))
 
 
-def cancel_run(conn: sa.Connection, run_id: int) -> int:
+def _excuse(conn: sa.Connection, run_id: int) -> None:
+    """Somebody lets the run go on: what has failed so far is known."""
+    conn.execute(sa.update(t.runs).where(RUNS.id == run_id).values(excused=failed_steps()))
+
+
+def cancel_run(conn: sa.Connection, run_id: int, *, drain: bool = False, reason: str | None = None) -> int:
     lock_graph(conn, alone=True)
     _require(conn, run_id)
     cancelled = conn.execute(
-        sa.update(t.runs).where(RUNS.id == run_id, open_run()).values(state=RunState.CANCELLED, finished=now())
+        sa.update(t.runs)
+        .where(RUNS.id == run_id, open_run())
+        .values(state=RunState.CANCELLED, finished=now(), drain=drain, reason=reason)
     )
     if not cancelled.rowcount:
         return 0
@@ -102,12 +111,20 @@ def cancel_run(conn: sa.Connection, run_id: int) -> int:
     return count
 
 
-def pause_run(conn: sa.Connection, run_id: int) -> bool:
-    return _move(conn, run_id, RunState.RUNNING, RunState.PAUSED)
+def pause_run(conn: sa.Connection, run_id: int, *, reason: str | None = None) -> bool:
+    return _move(conn, run_id, RunState.RUNNING, RunState.PAUSED, reason=reason)
 
 
-def resume_run(conn: sa.Connection, run_id: int) -> bool:
-    return _move(conn, run_id, RunState.PAUSED, RunState.RUNNING)
+def resume_run(conn: sa.Connection, run_id: int, *, gpu_minutes: float | None = None) -> bool:
+    moved = _move(conn, run_id, RunState.PAUSED, RunState.RUNNING)
+    if not moved:
+        return False
+    _excuse(conn, run_id)
+    if gpu_minutes is not None:
+        budget = conn.scalar(sa.select(RUNS.budget).where(RUNS.id == run_id)) or {}
+        raised = {**budget, "gpu_minutes": gpu_minutes}
+        conn.execute(sa.update(t.runs).where(RUNS.id == run_id).values(budget=raised))
+    return True
 
 
 def prioritize_run(conn: sa.Connection, run_id: int, priority: int) -> None:
@@ -117,10 +134,12 @@ def prioritize_run(conn: sa.Connection, run_id: int, priority: int) -> None:
     charge(conn, _live(conn, run_id))
 
 
-def _move(conn: sa.Connection, run_id: int, old: RunState, new: RunState) -> bool:
+def _move(conn: sa.Connection, run_id: int, old: RunState, new: RunState, *, reason: str | None = None) -> bool:
     lock_graph(conn, alone=True)
     _require(conn, run_id)
-    moved = conn.execute(sa.update(t.runs).where(RUNS.id == run_id, RUNS.state == old).values(state=new)).rowcount
+    moved = conn.execute(
+        sa.update(t.runs).where(RUNS.id == run_id, RUNS.state == old).values(state=new, reason=reason)
+    ).rowcount
     if moved:
         charge(conn, _live(conn, run_id))
     return bool(moved)
@@ -154,10 +173,14 @@ def finish_runs(conn: sa.Connection) -> list[tuple[int, RunState]]:
     finished = []
     for summary in _summaries(conn, RUNS.id.in_(finishable(conn))):
         state = final_state(summary)
+        # A paused run may end: what was begun was all that was left. Then nothing stands against it any more.
         moment = conn.scalar(
-            sa.update(t.runs).where(RUNS.id == summary.id).values(state=state, finished=now()).returning(RUNS.finished)
+            sa.update(t.runs)
+            .where(RUNS.id == summary.id)
+            .values(state=state, finished=now(), reason=None)
+            .returning(RUNS.finished)
         )
-        note_end(conn, replace(summary, state=state, finished=moment))
+        note_end(conn, replace(summary, state=state, finished=moment, reason=None))
         finished.append((summary.id, state))
     return sorted(finished)
 
@@ -195,24 +218,20 @@ def recipe_text(conn: sa.Connection, run_id: int) -> str:
 
 def _summaries(conn: sa.Connection, wanted: sa.ColumnElement[bool]) -> list[RunSummary]:
     """Newest first."""
-    rows = conn.execute(sa.select(t.runs).where(wanted).order_by(RUNS.id.desc())).all()
-    return [_summary(row, *_count_steps(conn, row.id), _count_deliveries(conn, row.id)) for row in rows]
+    query = sa.select(t.runs, gpu_seconds().label("gpu_seconds")).where(wanted).order_by(RUNS.id.desc())
+    rows = conn.execute(query).all()
+    return [_summary(row, _count_steps(conn, row.id, row.ranges), _count_deliveries(conn, row.id)) for row in rows]
 
 
-def _count_steps(conn: sa.Connection, run_id: int) -> tuple[dict[StepState, int], int]:
-    """The run's distinct steps by state, and how many of them were cached."""
-    rows = conn.execute(
-        sa.select(
-            STEPS.state,
-            sa.func.count().label("number"),
-            sa.func.count(sa.case((RUN_STEPS.cached, 1))).label("cached"),
-        )
-        .select_from(t.run_steps)
-        .join(t.steps, STEPS.id == RUN_STEPS.step_id)
-        .where(RUN_STEPS.run_id == run_id, RUN_STEPS.first)
-        .group_by(STEPS.state)
-    ).all()
-    return {StepState(row.state): row.number for row in rows}, sum(row.cached for row in rows)
+def _count_steps(conn: sa.Connection, run_id: int, ranges: Sequence[Sequence[int]] | None) -> dict[StepState, int]:
+    """The run's distinct steps by state; by the ranges of their ids where these are known, a third of the work."""
+    query = sa.select(STEPS.state, sa.func.count().label("number")).group_by(STEPS.state)
+    if ranges is None:
+        query = query.join(t.run_steps, STEPS.id == RUN_STEPS.step_id)
+        query = query.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first)
+    else:
+        query = query.where(sa.or_(sa.false(), *(STEPS.id.between(first, last) for first, last in ranges)))
+    return {StepState(row.state): row.number for row in conn.execute(query)}
 
 
 def _count_deliveries(conn: sa.Connection, run_id: int) -> dict[str, int]:
@@ -220,9 +239,7 @@ def _count_deliveries(conn: sa.Connection, run_id: int) -> dict[str, int]:
     return {row.state: row.number for row in conn.execute(query.group_by(DELIVERIES.state))}
 
 
-def _summary(
-    row: sa.Row[Any], steps: Mapping[StepState, int], cached: int, deliveries: Mapping[str, int]
-) -> RunSummary:
+def _summary(row: sa.Row[Any], steps: Mapping[StepState, int], deliveries: Mapping[str, int]) -> RunSummary:
     return RunSummary(
         id=row.id,
         recipe=row.recipe,
@@ -235,11 +252,14 @@ def _summary(
         created=row.created,
         finished=row.finished,
         steps=steps,
-        cached=cached,
+        cached=row.cached,
         deliveries=sum(deliveries.values()),
         delivered=sum(deliveries.get(state, 0) for state in ARRIVED),
         failed_deliveries=deliveries.get("failed", 0),
         skipped_deliveries=deliveries.get("skipped", 0),
+        reason=row.reason,
+        gpu_seconds=row.gpu_seconds,
+        budget=row.budget,
     )
 
 

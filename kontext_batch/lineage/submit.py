@@ -22,6 +22,9 @@ from kontext_batch.ports import NewRun
 ANALYZE_FROM = 1000
 """Steps from which PostgreSQL is told to look at the tables anew: it plans badly for tables that it takes for empty."""
 
+MOST_RANGES = 16
+"""A run mostly has the steps that were made with it, whose ids follow one another, and those of an earlier run."""
+
 
 def create_run(
     conn: sa.Connection,
@@ -72,9 +75,22 @@ def create_run(
     _insert_instances(conn, run_id, plan, stored)
     _insert_deliveries(conn, run_id, plan, stored)
     charge(conn, [ids[index] for index in running])
+    _note_size(conn, run_id, ids, cached=runs.count(False))
     if len(new) >= ANALYZE_FROM and conn.dialect.name == "postgresql":
         conn.exec_driver_sql("ANALYZE steps, edges, run_steps, step_sources, deliveries")
     return run_id
+
+
+def _note_size(conn: sa.Connection, run_id: int, ids: Sequence[int], *, cached: int) -> None:
+    """What is for good: which steps the run has, and how many of them were done."""
+    ranges: list[list[int]] = []
+    for step_id in sorted(ids):
+        if ranges and step_id == ranges[-1][1] + 1:
+            ranges[-1][1] = step_id
+        else:
+            ranges.append([step_id, step_id])
+    kept = ranges if len(ranges) <= MOST_RANGES else None
+    conn.execute(sa.update(t.runs).where(t.runs.c.id == run_id).values(size=len(ids), cached=cached, ranges=kept))
 
 
 def known_steps(conn: sa.Connection, keys: Iterable[str]) -> dict[str, Known]:

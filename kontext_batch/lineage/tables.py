@@ -54,6 +54,15 @@ runs = sa.Table(
     sa.Column("state", sa.Text, nullable=False),  # planning.states.RunState
     sa.Column("created", UtcTime, nullable=False),
     sa.Column("finished", UtcTime),  # set with a final state, cleared by a retry
+    sa.Column("reason", sa.Text),  # why the system paused or cancelled it; cleared when it goes on
+    # Cancelled, but what was leased at that moment is finished.
+    sa.Column("drain", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("size", sa.Integer, nullable=False, server_default="0"),  # its distinct steps
+    sa.Column("cached", sa.Integer, nullable=False, server_default="0"),  # those of them that were done already
+    # Failed steps that do not count against its limit: there when somebody last let it go on.
+    sa.Column("excused", sa.Integer, nullable=False, server_default="0"),
+    # Its distinct steps as [first id, last id], where that is a short list: to count them without `run_steps`.
+    sa.Column("ranges", sa.JSON(none_as_null=True)),
     sa.Index(None, "recipe"),
 )
 
@@ -92,6 +101,7 @@ _partial(
     where=in_state(steps.c.state, StepState.READY),
 )
 _partial("ix_steps_leased", steps.c.lease_owner, where=in_state(steps.c.state, StepState.LEASED))
+_partial("ix_steps_failed", steps.c.run_id, where=in_state(steps.c.state, StepState.FAILED, StepState.QUARANTINED))
 _partial("ix_steps_live", steps.c.id, where=in_state(steps.c.state, *LIVE))
 
 # Apart from `steps`: that row is rewritten with each move and read by the hundred thousand, so it stays small.
@@ -179,6 +189,17 @@ workers = sa.Table(
     sa.Column("registered", UtcTime, nullable=False),
     sa.Column("heartbeat", UtcTime, nullable=False),
     sa.Column("retired", UtcTime),  # said goodbye, or was found gone
+    sa.Column("drain", sa.Boolean, nullable=False, server_default=sa.false()),  # told to take nothing more
+)
+
+# A row for each worker, so that their commits do not wait for one another.
+run_usage = sa.Table(
+    "run_usage",
+    metadata,
+    _ref("run_id", "runs.id", primary_key=True),
+    sa.Column("worker_id", sa.Text, sa.ForeignKey("workers.id"), primary_key=True),
+    sa.Column("gpu_seconds", sa.Float(53), nullable=False),  # of sampling, as measured
+    sqlite_with_rowid=False,
 )
 
 batches = sa.Table(
@@ -392,3 +413,16 @@ _waiting = event_sends.c.state == sa.literal_column("'waiting'")
 _given_up = event_sends.c.state == sa.literal_column("'given_up'")
 sa.Index("ix_event_sends_waiting", event_sends.c.due, sqlite_where=_waiting, postgresql_where=_waiting)
 sa.Index("ix_event_sends_given_up", event_sends.c.webhook, sqlite_where=_given_up, postgresql_where=_given_up)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    _id(),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),  # the user of the system, or the name of a token
+    sa.Column("via", sa.Text, nullable=False),  # cli
+    sa.Column("action", sa.Text, nullable=False),  # as the command is called: `runs cancel`
+    sa.Column("subject", sa.Text, nullable=False),  # `run:12`, `schedule:nightly`, ...
+    sa.Column("details", sa.JSON, nullable=False),
+    sa.Index(None, "subject"),
+)

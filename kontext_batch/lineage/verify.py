@@ -186,6 +186,14 @@ def _runs() -> Iterator[tuple[str, str, sa.Select[Any]]]:
         outer=t.steps,
     )
     yield "a step that waits is on the account of the highest priority", "steps", waiting.where(better)
+    distinct = (
+        sa.select(sa.func.count())
+        .select_from(t.run_steps)
+        .where(t.run_steps.c.run_id == t.runs.c.id, t.run_steps.c.first)
+        .correlate(t.runs)
+        .scalar_subquery()
+    )
+    yield "a run knows how many steps it has", "runs", sa.select(t.runs.c.id).where(t.runs.c.size != distinct)
     deliveries = t.deliveries.c
     done = exists(STEPS.id == deliveries.step_id, in_state(STEPS.state, S.DONE), outer=t.deliveries)
     each = sa.select(deliveries.id)

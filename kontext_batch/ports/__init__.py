@@ -4,6 +4,17 @@ An adapter raises the errors of `kontext_batch.errors` and nothing of its librar
 `__cause__`.
 """
 
+from kontext_batch.ports.admin import (
+    Act,
+    AuditRow,
+    BatchMemberRow,
+    BatchRow,
+    ExportedDelivery,
+    ExportedInstance,
+    Orders,
+    RunFigures,
+    WorkerRow,
+)
 from kontext_batch.ports.computing import (
     ContentFilter,
     EditJob,
@@ -56,14 +67,20 @@ from kontext_batch.ports.repository import (
 )
 
 __all__ = [
+    "Act",
     "Artifact",
     "AttemptRow",
+    "AuditRow",
     "BatchMember",
+    "BatchMemberRow",
     "BatchRecord",
+    "BatchRow",
     "CommitReport",
     "ContentFilter",
     "EditJob",
     "Editor",
+    "ExportedDelivery",
+    "ExportedInstance",
     "Folder",
     "InputRecord",
     "LeasedStep",
@@ -77,6 +94,7 @@ __all__ = [
     "ObjectStore",
     "OnStep",
     "Operations",
+    "Orders",
     "ParentOutput",
     "PendingDelivery",
     "Post",
@@ -85,6 +103,7 @@ __all__ = [
     "Ready",
     "ReconcileReport",
     "Repository",
+    "RunFigures",
     "RunSummary",
     "SettledDelivery",
     "Share",
@@ -98,4 +117,5 @@ __all__ = [
     "StoredInstance",
     "WakeUps",
     "WorkerInfo",
+    "WorkerRow",
 ]

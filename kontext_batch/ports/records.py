@@ -281,6 +281,11 @@ class RunSummary:
     failed_deliveries: int
     skipped_deliveries: int = 0
     """Those of `delivered` that were left out: something was there, or a newer run had delivered."""
+    reason: str | None = None
+    """Why the system paused or cancelled it; None when a person did, or nobody."""
+    gpu_seconds: float = 0.0
+    """Of sampling, as measured, of the steps that were computed on its account."""
+    budget: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

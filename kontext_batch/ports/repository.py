@@ -10,6 +10,7 @@ from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, Drop
 from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.ports.admin import Act, AuditRow, BatchRow, ExportedInstance, Orders, RunFigures, WorkerRow
 from kontext_batch.ports.records import (
     Artifact,
     AttemptRow,
@@ -33,7 +34,11 @@ from kontext_batch.ports.records import (
 
 
 class Repository(Protocol):
-    """The database. Every method is one transaction; all times are the database's own."""
+    """The database. Every method is one transaction; all times are the database's own.
+
+    `by`: the person's act that a change is, written down in the same transaction when something changed; None for what
+    the system does by itself.
+    """
 
     # ---- planning
 
@@ -66,6 +71,7 @@ class Repository(Protocol):
         *,
         fire: tuple[int, int] | None = None,
         drop: tuple[int, int] | None = None,
+        by: Act | None = None,
     ) -> int:
         """Store run, steps, edges, run_steps and deliveries in one transaction; returns the run's id.
 
@@ -78,24 +84,34 @@ class Repository(Protocol):
         """
         ...
 
-    def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None) -> int:
+    def retry_run(self, run_id: int, *, keys: Iterable[str] | None = None, by: Act | None = None) -> int:
         """Put unsuccessful steps of the run (all, or those keys and what reads them) back; returns how many."""
         ...
 
-    def cancel_run(self, run_id: int) -> int:
-        """Cancel the run; blocked and ready steps that no other live run wants are cancelled; returns how many."""
+    def cancel_run(self, run_id: int, *, drain: bool = False, reason: str | None = None, by: Act | None = None) -> int:
+        """Cancel the run; blocked and ready steps that no other live run wants are cancelled; returns how many.
+
+        `drain`: what is leased is finished; else its workers are told (`orders`) that nobody wants it any more.
+        """
         ...
 
-    def pause_run(self, run_id: int) -> bool:
+    def pause_run(self, run_id: int, *, reason: str | None = None, by: Act | None = None) -> bool:
         """Let nothing more be claimed for a running run; says whether it was running."""
         ...
 
-    def resume_run(self, run_id: int) -> bool:
-        """Let a paused run go on; says whether it was paused."""
+    def resume_run(self, run_id: int, *, gpu_minutes: float | None = None, by: Act | None = None) -> bool:
+        """Let a paused run go on; says whether it was paused. `gpu_minutes`: its budget from now on.
+
+        Steps that have failed so far count no longer against the limit of failures.
+        """
         ...
 
-    def prioritize_run(self, run_id: int, priority: int) -> None:
+    def prioritize_run(self, run_id: int, priority: int, *, by: Act | None = None) -> None:
         """Give the run another priority."""
+        ...
+
+    def run_figures(self, run_id: int | None = None) -> Sequence[RunFigures]:
+        """Of every running run, else of that run whatever its state: what its limits are compared with."""
         ...
 
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:
@@ -116,9 +132,16 @@ class Repository(Protocol):
         """Instances of the run, in plan order."""
         ...
 
+    def export(self, run_id: int) -> Iterator[ExportedInstance]:
+        """Instances of the run with all that is known of them, in plan order, read a thousand at a time.
+
+        Each thousand is a transaction of its own: a run may have millions. Raises `ObjectNotFound`.
+        """
+        ...
+
     # ---- schedules
 
-    def add_schedule(self, new: Schedule) -> None:
+    def add_schedule(self, new: Schedule, *, by: Act | None = None) -> None:
         """Times count from now on. Raises `SettingsError` when there is one of that name."""
         ...
 
@@ -126,11 +149,11 @@ class Repository(Protocol):
         """By name."""
         ...
 
-    def pause_schedule(self, name: str, *, paused: bool) -> bool:
+    def pause_schedule(self, name: str, *, paused: bool, by: Act | None = None) -> bool:
         """Says whether that changed anything; times that go by meanwhile are not made up for."""
         ...
 
-    def remove_schedule(self, name: str) -> None:
+    def remove_schedule(self, name: str, *, by: Act | None = None) -> None:
         """Raises `ObjectNotFound`."""
         ...
 
@@ -262,6 +285,21 @@ class Repository(Protocol):
         """Leases and deliveries that this worker holds go back, as in `retire_worker`; it goes on."""
         ...
 
+    def worker_rows(self, *, retired: bool = False) -> Sequence[WorkerRow]:
+        """How workers stand, the oldest first; with `retired` also those that have said goodbye."""
+        ...
+
+    def drain_workers(self, worker_id: str | None, *, by: Act | None = None) -> Sequence[str]:
+        """Tell that worker, else all, to take nothing more; returns the ids of those that were not told before.
+
+        Raises `ObjectNotFound` when there is no such worker at work.
+        """
+        ...
+
+    def orders(self, worker_id: str) -> Orders:
+        """What the worker is told; asked every few seconds."""
+        ...
+
     def claim(
         self,
         worker_id: str,
@@ -355,6 +393,20 @@ class Repository(Protocol):
     def steps_by_id(self, ids: Iterable[int]) -> Sequence[StepRow]: ...
 
     def step_sources(self, step_id: int) -> Sequence[SourceInput]: ...
+
+    def batch(self, batch_id: int) -> BatchRow:
+        """Raises `ObjectNotFound`."""
+        ...
+
+    # ---- acts of people
+
+    def note(self, by: Act, subject: str) -> None:
+        """Write an act down that no other method does: one that spans several, or changes a file."""
+        ...
+
+    def audit(self, *, subject: str | None = None, limit: int = 50) -> Sequence[AuditRow]:
+        """What people did, to that subject or at all, newest first."""
+        ...
 
     # ---- garbage
 

@@ -17,7 +17,7 @@ from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.planner import plan_recipe
 from kontext_batch.planning.slices import only_of, part_of
 from kontext_batch.planning.states import LIVE, StepState
-from kontext_batch.ports import NewRun, Repository, StoredInstance, WakeUps
+from kontext_batch.ports import Act, NewRun, Repository, StoredInstance, WakeUps
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.services.guard import delivery_faults
 from kontext_batch.services.look import Looker, base_of
@@ -205,10 +205,11 @@ def submit(
     priority: int = 0,
     fire: tuple[int, int] | None = None,
     drop: tuple[int, int] | None = None,
+    by: Act | None = None,
 ) -> int:
     """Store the run and ring the workers; returns the run's id. Raises `PlanRefused` with everything against it.
 
-    `fire` and `drop`: as of `Repository.create_run`.
+    `fire`, `drop`, `by`: as of `Repository.create_run`.
     """
     if prepared.refusals:
         raise PlanRefused(prepared.refusals)
@@ -224,7 +225,7 @@ def submit(
         selection={"only": {k: list(v) for k, v in prepared.selection.only.items()}, "limit": prepared.selection.limit},
         budget=dict(plan.budget),
     )
-    run_id = repository.create_run(run, plan, fire=fire, drop=drop)
+    run_id = repository.create_run(run, plan, fire=fire, drop=drop, by=by)
     lanes: dict[str, int] = {}
     for step in plan.steps:
         lanes[step.lane] = lanes.get(step.lane, 0) + 1

@@ -36,6 +36,14 @@ def run_number(text: str) -> int:
     return found
 
 
+def batch_number(text: str) -> int:
+    """The number of a batch, as one types it. Raises `ObjectNotFound`."""
+    found = number(text)
+    if found is None:
+        raise ObjectNotFound(f"there is no batch '{text[:80]}': its number is expected, as `steps logs` shows it")
+    return found
+
+
 def open_run(repository: Repository, text: str) -> RunSummary:
     """The unfinished run of that number. Raises `ObjectNotFound`, for one that has ended too."""
     summary = repository.run(run_number(text))

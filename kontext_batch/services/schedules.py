@@ -39,7 +39,8 @@ class Scheduler:
     def _stop(self) -> None:
         for run in self.repository.scheduled_runs():
             if run.stop_at is not None and stop_moment(run.stop_at, run.tz, run.started) <= run.now:
-                cancelled = self.repository.cancel_run(run.run_id)
+                reason = f"its schedule stops it at {run.stop_at} ({run.tz})"
+                cancelled = self.repository.cancel_run(run.run_id, drain=True, reason=reason)
                 log.info("run stopped by its schedule", run=run.run_id, stop_at=run.stop_at, cancelled=cancelled)
 
     def _fire(self, fire: ClaimedFire) -> int | None:
@@ -63,7 +64,7 @@ class Scheduler:
             return None
         if schedule.overlap is Overlap.CANCEL:
             for run_id in still_open:
-                self.repository.cancel_run(run_id)
+                self.repository.cancel_run(run_id, reason=f"schedule '{schedule.name}' has started the next one")
         try:
             run_id = submit(
                 self.repository,

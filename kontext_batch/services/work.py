@@ -26,6 +26,7 @@ from kontext_batch.ports import (
     LeasedStep,
     ObjectStore,
     OnStep,
+    Orders,
     Ready,
     Repository,
     RunSummary,
@@ -35,28 +36,41 @@ from kontext_batch.ports import (
 )
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import Executor
+from kontext_batch.services.limits import Limits, enforce
 from kontext_batch.services.maintain import collect_garbage, reconcile
 from kontext_batch.services.turns import Turns
 
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-"""Between two looks at how a run stands: it takes 40 to 70 ms at 100,000 steps."""
+"""Between two looks at how a run stands: it takes 25 ms at 100,000 steps."""
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 TURN_SECONDS = 20.0
 """How long a worker goes on after one ring; then it rings for the rest, and Celery sees that it is alive."""
+ORDERS_SECONDS = 3.0
+"""Between two looks at what this worker is told: how long a cancelled batch, at most, goes on."""
 
 
 class Stopped(Exception):
-    """The worker was told to stop in the middle of a batch."""
+    """The worker was told to stop in the middle of a batch, or nobody wants the batch any more."""
 
 
 class Heartbeat:
-    """Extends the worker's leases from a thread of its own, so that it does not wait for the device."""
+    """Extends the worker's leases, and asks what it is told, from a thread that does not wait for the device."""
 
-    def __init__(self, repository: Repository, worker_id: str, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        worker_id: str,
+        lease_seconds: float,
+        on_orders: Callable[[Orders], None] | None = None,
+        *,
+        orders_seconds: float = ORDERS_SECONDS,
+    ) -> None:
         self._repository, self._worker_id, self._lease = repository, worker_id, lease_seconds
+        self._on_orders = on_orders
+        self._every = lease_seconds / 3 if on_orders is None else min(lease_seconds / 3, orders_seconds)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -69,9 +83,14 @@ class Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._lease / 3):
+        extend_at = time.monotonic() + self._lease / 3
+        while not self._stop.wait(self._every):
             try:
-                self._repository.extend_leases(self._worker_id, self._lease)
+                if time.monotonic() >= extend_at - self._every / 2:
+                    self._repository.extend_leases(self._worker_id, self._lease)
+                    extend_at = time.monotonic() + self._lease / 3
+                if self._on_orders is not None:
+                    self._on_orders(self._repository.orders(self._worker_id))
             except Exception:  # the next beat may succeed; without one the leases run out, which is safe
                 metrics.HEARTBEATS_FAILED.inc()
                 log.exception("heartbeat failed", worker=self._worker_id)
@@ -103,11 +122,18 @@ class Worker:
     """False of a worker that serves picture operations alone: it has no device that could be idle."""
     pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
     """Beats with each claim and each denoise step."""
+    limits: Limits = field(default_factory=Limits)
+    """Above which a run is paused."""
+    orders: Orders = field(default_factory=Orders)
+    """What the heartbeat has found that this worker is told."""
+    orders_seconds: float = ORDERS_SECONDS
+    on_drain: Callable[[], None] | None = None
+    """Called when it is told to drain, from the heartbeat's thread."""
 
     @property
     def ending(self) -> bool:
         """Whether nothing more is to be claimed."""
-        return self.draining.is_set() or self.stopping.is_set()
+        return self.draining.is_set() or self.stopping.is_set() or self.orders.drain
 
     def end(self, grace_seconds: float) -> None:
         """Told to end: finish the batch in flight within so long; told again: give it back. For signal handlers too."""
@@ -124,8 +150,9 @@ class Worker:
     def registered(self) -> Iterator[None]:
         """Known to the others, with a heart that beats; at the end the leases are given back."""
         self.repository.register_worker(self.info)
+        self.orders = Orders()
         try:
-            with Heartbeat(self.repository, self.info.id, self.lease_seconds):
+            with self._heartbeat():
                 yield
         finally:
             self.repository.retire_worker(self.info.id)
@@ -137,7 +164,7 @@ class Worker:
         on_step: OnStep | None = None,
         on_progress: Callable[[RunSummary], None] | None = None,
     ) -> RunSummary:
-        """Work on one run until it has a final state, is paused, or `stopping` is set; then give the leases back.
+        """Work on one run until it has a final state, is paused, or this worker is to end; then give the leases back.
 
         Another process may share the run or some of its steps; what it holds is waited for, and taken over when that
         process is gone.
@@ -152,6 +179,7 @@ class Worker:
                     continue
                 look_again = time.monotonic() + LOOK_SECONDS
                 self.repository.finish_runs()
+                enforce(self.repository, self.limits)
                 summary = self.repository.run(run_id)
                 if on_progress is not None:
                     on_progress(summary)
@@ -189,6 +217,7 @@ class Worker:
                 if not again or time.monotonic() >= look_again:
                     look_again = time.monotonic() + LOOK_SECONDS
                     self.repository.finish_runs()
+                    enforce(self.repository, self.limits)
                 if again and time.monotonic() >= end:
                     self.wake_ups.wake({self.turns.lane or OPERATIONS_LANE: 1})
                     break
@@ -209,7 +238,12 @@ class Worker:
         )
 
     def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None, ring: bool = False) -> bool:
-        """Claim and execute one batch; False when nothing is ready. `ring`: wake another worker when it is full."""
+        """Claim and execute one batch; False when nothing is ready, or nothing may be taken any more.
+
+        `ring`: wake another worker when the batch is full.
+        """
+        if self.orders.drain:
+            return False
         if self.has_device:
             metrics.ACTIVITY.begin()
         self.pulse.beat()
@@ -240,12 +274,13 @@ class Worker:
 
     def _execute(self, steps: Sequence[LeasedStep], on_step: OnStep | None) -> bool:
         """False when it was stopped and the steps were given back."""
+        held = {(step.id, step.token) for step in steps}
 
         def on_row_step(done: int, total: int) -> None:
             self.pulse.beat()
             if on_step is not None:
                 on_step(done, total)
-            if self.stopping.is_set():
+            if self.stopping.is_set() or self.orders.unwanted >= held:
                 raise Stopped
 
         try:
@@ -253,7 +288,7 @@ class Worker:
         except Stopped:
             self._release(steps)
             log.info("batch given back")
-            return False
+            return not self.stopping.is_set()
         except (StorageFull, StorageReadOnly, NotAllowed):
             self._release(steps)  # not their fault: they wait until there is room, or another place
             raise
@@ -282,6 +317,15 @@ class Worker:
     def give_back(self) -> None:
         """What this worker still holds is for others: the turn that held it was broken off."""
         self.repository.release_all(self.info.id)
+
+    def _heartbeat(self) -> Heartbeat:
+        def obey(orders: Orders) -> None:
+            told_now = orders.drain and not self.orders.drain
+            self.orders = orders
+            if told_now and self.on_drain is not None:
+                self.on_drain()
+
+        return Heartbeat(self.repository, self.info.id, self.lease_seconds, obey, orders_seconds=self.orders_seconds)
 
     def _release(self, steps: Sequence[LeasedStep]) -> None:
         self.repository.release([(step.id, step.token) for step in steps])

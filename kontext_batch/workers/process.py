@@ -7,6 +7,7 @@ SIGUSR2 from its parent says: finish the batch in flight, and when it comes agai
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -66,7 +67,7 @@ class WorkerProcess:
             )
             for _ in range(self._ends):
                 worker.end(self._settings.grace_seconds)
-            worker.pulse = application.pulse()
+            worker.pulse, worker.on_drain = application.pulse(), _end_parent
             opened.enter_context(application.served(worker.pulse, port=self._duties.metrics_port))
             opened.enter_context(worker.registered())
             reconcile(worker.repository)  # what this worker's last child held is free at once
@@ -101,6 +102,11 @@ class WorkerProcess:
             self._opened.close()
         except InfrastructureError as error:
             log.warning("could not say goodbye; the leases run out", error=str(error))
+
+
+def _end_parent() -> None:
+    """Told by `workers drain`: as a SIGTERM from whoever started the worker."""
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 _process: WorkerProcess | None = None

@@ -158,7 +158,7 @@ def test_every_drawn_move_is_taken(repository: SqlRepository, engine: sa.Engine)
 
 
 def _clear(repository: SqlRepository, engine: sa.Engine) -> None:
-    """Forget every step, so that the next scene starts anew."""
+    """Forget every run and step, so that the next scene starts anew."""
     for run in repository.runs():
         repository.cancel_run(run.id)
     repository.retire_worker("w1")
@@ -166,5 +166,5 @@ def _clear(repository: SqlRepository, engine: sa.Engine) -> None:
     with engine.begin() as conn:
         for table in ("deliveries", "run_steps", "edges", "step_sources", "step_params", "step_outputs", "uploads"):
             conn.exec_driver_sql(f"DELETE FROM {table}")
-        for table in ("attempts", "steps"):
+        for table in ("attempts", "steps", "runs"):
             conn.exec_driver_sql(f"DELETE FROM {table}")

@@ -199,7 +199,11 @@ def test_models_are_listed_with_the_size_that_they_are_made_for(
 
 @pytest.mark.parametrize(
     ("verb", "meant"),
-    [("retry", "'runs retry'"), ("validate", "'recipes validate'"), ("show", "'runs show' or 'steps show'")],
+    [
+        ("retry", "'runs retry'"),
+        ("validate", "'recipes validate'"),
+        ("show", "'runs show' or 'steps show' or 'batches show'"),
+    ],
 )
 def test_a_verb_without_its_noun_is_told_its_noun(verb: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main([verb, "1"]) == 2
@@ -458,7 +462,7 @@ def test_what_was_skipped_is_counted_and_named(studio: Path, capsys: pytest.Capt
 def test_what_was_just_collected_is_no_orphan_of_the_next_collection(
     done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["gc", "--keep-bytes", "0"]) == 0
+    assert main.main(["gc", "--keep-bytes", "0", "--yes"]) == 0
     assert re.fullmatch(r"4 artifacts of \d+ bytes and 0 orphaned uploads removed\n", capsys.readouterr().out)
     assert main.main(["gc", "--keep-bytes", "0"]) == 0
     assert capsys.readouterr().out == "0 artifacts of 0 bytes and 0 orphaned uploads removed\n"

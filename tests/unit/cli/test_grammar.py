@@ -59,6 +59,7 @@ def test_the_grammar_is_for_good() -> None:
     assert told >= {"run", "plan", "submit", "status", "explain", "lineage", "doctor", "gc"}
     assert told >= {f"runs {verb}" for verb in ("list", "show", "retry", "cancel", "pause", "resume", "prioritize")}
     assert told >= {"steps show", "steps logs", "recipes validate", "recipes schema", "recipes init"}
+    assert told >= {"runs export", "batches show", "workers list", "workers drain", "audit list"}
     assert told >= {"models list", "models add", "models verify", "models convert", "workers start", "db upgrade"}
 
 

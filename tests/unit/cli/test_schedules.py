@@ -67,8 +67,10 @@ def test_a_schedule_that_cannot_be_is_told(
 
 def test_a_schedule_is_paused_resumed_removed(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["schedules", "add", "sizes.yaml", "--name", "n", "--cron", "* * * * *"]) == 0
+    assert main.main(["schedules", "remove", "n"]) == 2
+    assert "say --yes" in " ".join(capsys.readouterr().err.split())
     for verb in ("pause", "pause", "list", "resume", "resume", "remove"):
-        assert main.main(["schedules", verb, *([] if verb == "list" else ["n"])]) == 0
+        assert main.main(["schedules", verb, *([] if verb == "list" else ["n"]), *["--yes"][: verb == "remove"]]) == 0
     told = capsys.readouterr().out
     assert "schedule n is paused\nschedule n is paused already\n" in told
     assert "  paused  " in told

@@ -13,6 +13,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.planning.schedules import Overlap, Schedule
 from kontext_batch.planning.states import RunState
+from kontext_batch.ports import Orders
 from kontext_batch.services.schedules import Scheduler
 from kontext_batch.storage.uris import file_uri
 from tests.unit.services.conftest import Studio
@@ -74,6 +75,7 @@ def test_a_run_that_is_still_open_meets_the_next_time(studio: Studio, scheduler:
         assert states == [RunState.RUNNING, RunState.RUNNING]
     else:
         assert states == [RunState.CANCELLED, RunState.RUNNING]
+        assert studio.app.repository.run(first).reason == "schedule 'nightly' has started the next one"
     for run_id in later:
         assert studio.worker().run_until_done(run_id).state is RunState.DONE
 
@@ -128,12 +130,18 @@ def test_work_stops_when_the_night_is_over(studio: Studio, scheduler: Scheduler)
     worker = studio.worker(batch_rows=1)
     studio.app.repository.register_worker(worker.info)
     assert worker.work_once()
+    assert studio.app.repository.claim(worker.info.id, limit=1, lease_seconds=60)
     scheduler.tick()
     assert studio.app.repository.run(run_id).state is RunState.RUNNING  # its stop is tomorrow's
     let_time_pass(studio, created=hour_ago)
     studio.app.repository.pause_schedule("nightly", paused=True)
     scheduler.tick()
-    assert studio.app.repository.run(run_id).state is RunState.CANCELLED
+    summary = studio.app.repository.run(run_id)
+    assert summary.state is RunState.CANCELLED
+    assert summary.reason is not None
+    assert summary.reason.startswith("its schedule stops it at ")
+    assert studio.app.repository.orders(worker.info.id) == Orders(), "what was begun is finished: it drains"
+    studio.app.repository.retire_worker(worker.info.id)
     studio.editor.jobs.clear()
     assert studio.worker().run_until_done(studio.submit()).state is RunState.DONE
     assert len(studio.editor.jobs) == 5  # what was finished at night is kept

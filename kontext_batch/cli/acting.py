@@ -1,0 +1,73 @@
+"""Who acts, for the records; and asking before something is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kontext_batch.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kontext_batch.ports import Act
+    from kontext_batch.settings import Settings
+
+TOKEN_VARIABLE = "KONTEXT_BATCH_TOKEN"
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def act(settings: Settings, action: str, **details: Any) -> Act:
+    """What the person at this command does, under the name of their token, else of their account on this machine.
+
+    The token itself is kept nowhere. Raises `SettingsError` for a token that `tokens_file` does not know.
+    """
+    from kontext_batch.ports import Act
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token:
+        return Act(_named(settings.tokens_file, token), "cli+token", action, details)
+    return Act(user(), "cli", action, details)
+
+
+def user() -> str:
+    """The account of this process: asked of the system, for variables can say anything."""
+    try:
+        import pwd
+    except ImportError:  # Windows
+        import getpass
+
+        return getpass.getuser()
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"uid {os.geteuid()}"
+
+
+def _named(file: Path | None, token: str) -> str:
+    import yaml
+
+    if file is None:
+        raise SettingsError(f"{TOKEN_VARIABLE} is given, but the setting tokens_file names no file that knows it")
+    try:
+        # Every value is text: a hash such as 12e4... would else be a number.
+        known = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"tokens_file {file}: not readable as YAML ({type(error).__name__})") from error
+    name = known.get(hashlib.sha256(token.encode()).hexdigest()) if isinstance(known, dict) else None
+    if not isinstance(name, str) or not name:
+        raise SettingsError(f"the token in {TOKEN_VARIABLE} is none of those that {file} names by their sha256")
+    return name
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ends the command unless the person says yes. Raises `BadParameter` where there is nobody to ask."""
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise typer.BadParameter(f"{question} There is no terminal to ask at: say --yes", param_hint="--yes")
+    if not typer.confirm(question, err=True):
+        raise typer.Exit(2)

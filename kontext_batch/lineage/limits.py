@@ -1,0 +1,65 @@
+"""What the limits of runs are compared with: failures by an index that holds no other steps, use by its counters."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.sql import in_state
+from kontext_batch.planning.states import RunState, StepState
+from kontext_batch.ports import RunFigures
+
+RUNS, STEPS, USAGE = t.runs.c, t.steps.c, t.run_usage.c
+
+
+def run_figures(conn: sa.Connection, run_id: int | None) -> list[RunFigures]:
+    wanted = RUNS.state == RunState.RUNNING if run_id is None else RUNS.id == run_id
+    query = sa.select(
+        RUNS.id,
+        RUNS.state,
+        RUNS.size,
+        RUNS.excused,
+        RUNS.budget,
+        failed_steps().label("failed"),
+        gpu_seconds().label("gpu_seconds"),
+    )
+    return [
+        RunFigures(
+            id=row.id,
+            state=RunState(row.state),
+            size=row.size,
+            failed=max(0, row.failed - row.excused),
+            gpu_seconds=row.gpu_seconds,
+            gpu_minutes=row.budget.get("gpu_minutes"),
+        )
+        for row in conn.execute(query.where(wanted).order_by(RUNS.id))
+    ]
+
+
+def failed_steps() -> sa.ScalarSelect[int]:
+    """How many steps on the account of the run of the enclosing statement have failed or are quarantined."""
+    return (
+        sa.select(sa.func.count())
+        .select_from(t.steps)
+        .where(STEPS.run_id == RUNS.id, in_state(STEPS.state, StepState.FAILED, StepState.QUARANTINED))
+        .correlate(t.runs)
+        .scalar_subquery()
+    )
+
+
+def gpu_seconds() -> sa.ScalarSelect[float]:
+    """What all workers together have sampled for the run of the enclosing statement."""
+    used = sa.func.coalesce(sa.func.sum(USAGE.gpu_seconds), 0.0)
+    return sa.select(used).where(USAGE.run_id == RUNS.id).correlate(t.runs).scalar_subquery()
+
+
+def usage_insert(conn: sa.Connection, worker_id: str, seconds: dict[int, float]) -> postgresql.Insert | sqlite.Insert:
+    """Adds run id -> seconds to what that worker has sampled for those runs."""
+    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.run_usage)
+    rows = [{"run_id": run_id, "worker_id": worker_id, "gpu_seconds": each} for run_id, each in sorted(seconds.items())]
+    # SQLAlchemy keeps the text of a statement with one row, and makes that of several anew each time.
+    return insert.values(rows[0] if len(rows) == 1 else rows).on_conflict_do_update(
+        index_elements=["run_id", "worker_id"],
+        set_={"gpu_seconds": USAGE.gpu_seconds + insert.excluded.gpu_seconds},
+    )
