@@ -166,5 +166,5 @@ def _clear(repository: SqlRepository, engine: sa.Engine) -> None:
     with engine.begin() as conn:
         for table in ("deliveries", "run_steps", "edges", "step_sources", "step_params", "step_outputs", "uploads"):
             conn.exec_driver_sql(f"DELETE FROM {table}")
-        for table in ("attempts", "steps", "runs"):
+        for table in ("attempts", "steps", "events", "runs"):
             conn.exec_driver_sql(f"DELETE FROM {table}")

@@ -200,7 +200,7 @@ def test_models_are_listed_with_the_size_that_they_are_made_for(
 @pytest.mark.parametrize(
     ("verb", "meant"),
     [
-        ("retry", "'runs retry'"),
+        ("retry", "'runs retry' or 'inbox retry'"),
         ("validate", "'recipes validate'"),
         ("show", "'runs show' or 'steps show' or 'batches show'"),
     ],

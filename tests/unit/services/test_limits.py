@@ -77,7 +77,7 @@ def test_a_worker_that_is_told_to_drain_finishes_what_it_holds_and_ends(studio: 
 
 def test_a_serving_worker_ends_when_it_is_told_to_drain(studio: Studio) -> None:
     worker = quick_worker(studio)
-    serving = threading.Thread(target=worker.serve, args=(lambda run: True,))
+    serving = threading.Thread(target=worker.serve)
     serving.start()
     wait_for(studio.app.repository.workers)
     studio.app.repository.drain_workers(None)
