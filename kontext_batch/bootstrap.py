@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -255,14 +255,22 @@ class Application:
         return Pulse(self.settings.stalled_seconds)
 
     def readiness(self) -> Readiness:
-        """Whether database and store answer."""
+        """Whether database, store and, where there is one, broker answer."""
 
         def store() -> None:
             self.store.folder(f"{self.artifact_keys.root}/", write=True)
             with contextlib.suppress(ObjectNotFound):
                 self.store.head(self.artifact_keys("0" * 64, "image/png"))
 
-        return Readiness({"database": partial(migrate.check, self.database_url), "store": store})
+        asked: dict[str, Callable[[], object]] = {
+            "database": partial(migrate.check, self.database_url),
+            "store": store,
+        }
+        if self.settings.broker_url is not None:
+            from kontext_batch.messaging.app import check_broker
+
+            asked["broker"] = partial(check_broker, self.settings.broker_url)
+        return Readiness(asked)
 
     @contextlib.contextmanager
     def served(self, pulse: Pulse, *, port: int | None = None) -> Iterator[Served | None]:

@@ -42,6 +42,11 @@ class Duties:
     operations: bool
     metrics_port: int | None = None
 
+    @property
+    def name(self) -> str:
+        """First part of the name by which Celery and Flower know the worker."""
+        return self.device or ("any" if self.edits else "operations")
+
     def as_data(self) -> dict[str, Any]:
         return asdict(self)
 

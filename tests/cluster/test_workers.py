@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import suppress
 from itertools import chain
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from kontext_batch.planning.states import StepState
 from tests.acceptance.conftest import STEPS_IN_ALL
 from tests.cluster.conftest import OUTPUTS
 from tests.cluster.installation import Cluster
+from tests.servers import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 LONG = 60
@@ -112,6 +115,20 @@ def test_a_killed_workers_steps_are_taken_over_at_the_next_beat(cluster: Cluster
     assert "lost" in chain(*outcomes)
 
 
+@only_redis
+def test_a_worker_that_is_told_to_drain_finishes_its_batch_and_ends(cluster: Cluster) -> None:
+    worker = cluster.worker("--metrics-port", "0")
+    run_id = cluster.submit(steps=LONG)
+    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    [known] = cluster.workers()
+    told = cluster.run("workers", "drain", known.id)
+    assert told.code == 0, told.err
+    assert worker.wait(timeout=120) == 0, cluster.logs()
+    assert set(chain(*cluster.outcomes(run_id))) == {"ok"}
+    assert cluster.states(run_id).get(StepState.DONE, 0) == 2
+    assert cluster.workers() == []
+
+
 def test_rings_that_are_lost_are_rung_again_by_the_beat(cluster: Cluster) -> None:
     run_id = cluster.submit()
     with Connection(cluster.environment["KONTEXT_BATCH_BROKER_URL"]) as connection:
@@ -122,6 +139,25 @@ def test_rings_that_are_lost_are_rung_again_by_the_beat(cluster: Cluster) -> Non
     beat = cluster.start("workers", "beat", "--every", "0.2")
     cluster.wait_until_done(run_id, worker, beat)
     assert cluster.outputs() == OUTPUTS
+
+
+@only_redis
+def test_flower_shows_the_workers(cluster: Cluster) -> None:
+    worker = cluster.worker("--operations")
+    [port] = free_ports(1)
+    url = cluster.environment["KONTEXT_BATCH_BROKER_URL"]
+    flower = cluster.start(
+        *(f"--broker={url}", "flower", f"--port={port}", "--address=127.0.0.1"),
+        module="celery",
+        FLOWER_UNAUTHENTICATED_API="1",
+    )
+
+    def shown() -> bool:
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/api/workers?refresh=1", timeout=10) as answer:
+            return f"operations-{worker.pid}@" in answer.read().decode()
+        return False
+
+    cluster.wait_for(shown, worker, flower)
 
 
 @only_redis
