@@ -60,7 +60,8 @@ def make_app(
         worker_pool="prefork",
         worker_pool_start_method="spawn",  # CUDA does not survive a fork
         worker_proc_alive_timeout=START_SECONDS,
-        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # Concerns tasks with late acknowledgement alone, which ours are not; unset, Celery warns of it at each loss.
+        worker_cancel_long_running_tasks_on_connection_loss=True,
         worker_redirect_stdouts=False,
         worker_hijack_root_logger=False,
         worker_send_task_events=True,  # Flower

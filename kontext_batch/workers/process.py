@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 DUTIES = "kontext_duties"
 """Name of the app's setting that brings a worker's duties to its child."""
+RETRY_SECONDS = 1.0
 END_SIGNAL = signal.SIGUSR2
 
 
@@ -88,11 +90,15 @@ class WorkerProcess:
             self._give_back()
 
     def _give_back(self) -> None:
-        if self._worker is not None:
+        """What the turn held, whatever time it takes: the heart of this process beats on, so no lease would run out."""
+        given = False
+        while not given and self._worker is not None:
             try:
                 self._worker.give_back()
+                given = True
             except InfrastructureError as error:
-                log.warning("leases not given back; they run out", error=str(error))
+                log.warning("leases could not be given back yet", error=str(error))
+                time.sleep(RETRY_SECONDS)
 
     def end(self, _number: int = 0, _frame: FrameType | None = None) -> None:
         """Told to end; told again, more urgently."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.messaging.app import make_app
 from kontext_batch.messaging.wake_ups import CeleryWakeUps
@@ -130,6 +131,23 @@ def test_a_broker_that_is_killed_and_comes_back_empty_loses_nothing(cluster: Clu
     another = cluster.submit(place="the moon")  # the worker hears again
     cluster.wait_until_done(another, worker, beat)
     broker.kill()
+
+
+def test_a_database_that_is_restarted_in_mid_batch_gets_the_result_all_the_same(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    database = needed(lambda: servers.Postgres(tmp_path / "postgres").start())
+    upgrade(database.url)
+    cluster.environment = {**cluster.environment, "KONTEXT_BATCH_DATABASE_URL": database.url}
+    worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="1")
+    beat = cluster.start("workers", "beat", "--every", "0.2")
+    run_id = cluster.submit()
+    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    database.restart()
+    cluster.wait_until_done(run_id, worker, beat)
+    assert_each_step_once(cluster, run_id)
+    assert set(chain(*cluster.outcomes(run_id))) == {"ok"}, "what was computed was kept until it could be committed"
+    database.kill()
 
 
 def test_a_store_that_is_busy_slow_or_cuts_uploads_costs_time_and_no_step(cluster: Cluster) -> None:
