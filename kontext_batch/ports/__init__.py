@@ -16,6 +16,7 @@ from kontext_batch.ports.computing import (
     WakeUps,
 )
 from kontext_batch.ports.objects import (
+    LINK_SECONDS,
     Folder,
     ObjectInfo,
     ObjectStore,
@@ -52,6 +53,7 @@ from kontext_batch.ports.repository import (
 )
 
 __all__ = [
+    "LINK_SECONDS",
     "Artifact",
     "AttemptRow",
     "BatchMember",
