@@ -155,6 +155,7 @@ gc --keep-bytes 0
 doctor
 db check
 db upgrade
+db verify --objects
 models list
 """
 
