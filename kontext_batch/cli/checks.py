@@ -61,6 +61,8 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if usable or settings.database_url is not None:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
         yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
+    if settings.database_url is not None:
+        yield _shared(settings)
     if settings.broker_url is not None:
         yield _broker(settings.broker_url)
     yield from _inboxes(settings)
@@ -95,6 +97,14 @@ def _store(objects: str | None, endpoint: str | None, region: str | None, worksp
     except KontextBatchError as error:
         return Check("store", False, str(error), "see that the place is there and may be written to")
     return Check("store", True, f"{place} can be written to")
+
+
+def _shared(settings: Settings) -> Check:
+    """A database of one's own is for several processes, which have to find each other's pictures."""
+    name, advice = "shared store", "set objects to a place that every process of this database sees, such as s3://..."
+    if settings.objects is None:
+        return Check(name, False, "database_url is set and objects is not: pictures lie in each workspace", advice)
+    return Check(name, True, "database and objects are both set")
 
 
 def _broker(url: str) -> Check:

@@ -1,4 +1,4 @@
-"""`steps show|logs`, `explain` and `lineage`: questions about single pictures."""
+"""`steps show|logs|link`, `explain` and `lineage`: questions about single pictures."""
 
 from __future__ import annotations
 
@@ -67,6 +67,34 @@ def logs(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: 
     for row, attempts in tries:
         output.say(_headline(row))
         _say_attempts(attempts)
+
+
+@app.command()
+def link(
+    step: StepArgument,
+    workspace: common.WorkspaceOption = None,
+    expires: Annotated[
+        int,
+        typer.Option("--expires", min=1, max=7 * 24 * 3600, help="Seconds for which the link works; at most 7 days."),
+    ] = 3600,
+    as_json: common.JsonOption = False,
+) -> None:
+    """A link by which somebody without credentials sees the picture of a step, until it expires.
+
+    A picture in a folder has no such link: its file: URI is written instead.
+
+    Example: kontext-batch steps link 17 --expires 600
+    """
+    with common.opened(workspace) as application:
+        rows = [row for row in meant(application.repository, step) if row.artifact is not None]
+        if not rows:
+            raise ObjectNotFound(f"{step}: there is no picture yet; `steps show` says how the step stands")
+        links = [(row, application.store.link(row.artifact.uri, seconds=expires)) for row in rows if row.artifact]
+    if as_json:
+        output.say_json([{"step": row.id, "node": row.node, "link": url, "seconds": expires} for row, url in links])
+        return
+    for _, url in links:
+        output.say(url)
 
 
 def explain(

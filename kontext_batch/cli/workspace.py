@@ -1,4 +1,4 @@
-"""Care for a workspace: `doctor`, `gc`, `db upgrade|check` and `workers start|beat`."""
+"""Care for a workspace: `doctor`, `gc`, `db upgrade|check|verify` and `workers start|beat`."""
 
 from __future__ import annotations
 
@@ -107,6 +107,43 @@ def check(workspace: common.WorkspaceOption = None) -> None:
 
     migrate.check(_url(workspace))
     output.say("the database is up to date")
+
+
+@db.command()
+def verify(
+    workspace: common.WorkspaceOption = None,
+    objects: Annotated[
+        bool, typer.Option("--objects", help="List the store too: whether every picture is where it should be.")
+    ] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Let what is missing be made again when a run wants it; with --objects.")
+    ] = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Whether the database keeps its own rules, and the store what the database names. Exit code 1 when it does not.
+
+    Example: kontext-batch db verify --objects
+    """
+    from kontext_batch.services.maintain import compare_store
+
+    if forget and not objects:
+        raise typer.BadParameter("what is missing is found with --objects", param_hint="--forget")
+    with common.opened(workspace) as application:
+        broken = application.repository.verify()
+        prefix = application.artifact_keys.prefix
+        missing, unknown = compare_store(application.repository, application.store, prefix) if objects else ([], [])
+        for name in filter(None, map(application.artifact_keys.parse, missing if forget else ())):
+            application.repository.lost_artifact(name.sha256)
+    if as_json:
+        output.say_json({"broken": broken, "missing": missing, "unknown": unknown})
+    else:
+        for each in broken:
+            output.say(f"broken: {each.table} {each.id}: {each.rule}")
+        for uri in missing:
+            output.say(f"missing: {uri}")
+        found = f"{len(broken)} rows break a rule"
+        output.say(f"{found}, {len(missing)} objects are missing, {len(unknown)} are unknown" if objects else found)
+    raise typer.Exit(1 if broken or missing else 0)
 
 
 @workers.command()

@@ -31,6 +31,7 @@ TRIES = 5
 _WRITES = "kontext_batch_writes"
 _GRAPH_LOCK = 0x6B6F6E74  # "kont"
 _FULL, _READ_ONLY, _DEADLOCK, _NOT_SERIALIZABLE = "53100", "25006", "40P01", "40001"
+_NOT_ALLOWED = "42501"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -180,6 +181,11 @@ def translate(error: exc.DBAPIError) -> KontextBatchError | None:
         return StorageFull(f"no space is left for the database ({said})")
     if state == _READ_ONLY:
         return StorageReadOnly(f"the database may not be written to ({said})")
+    if state == _NOT_ALLOWED:
+        return SettingsError(
+            f"the user of database_url may not do this ({said}); tables are made and changed by "
+            "`kontext-batch db upgrade`, as the user who owns them"
+        )
     if isinstance(error, exc.OperationalError | exc.InterfaceError) or error.connection_invalidated:
         return InfrastructureError(f"the database did not do its part: {said}")
     return None

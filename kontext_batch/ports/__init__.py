@@ -28,6 +28,7 @@ from kontext_batch.ports.computing import (
     WakeUps,
 )
 from kontext_batch.ports.objects import (
+    LINK_SECONDS,
     Folder,
     Notice,
     ObjectEvents,
@@ -67,6 +68,7 @@ from kontext_batch.ports.repository import (
 )
 
 __all__ = [
+    "LINK_SECONDS",
     "Act",
     "Artifact",
     "AttemptRow",

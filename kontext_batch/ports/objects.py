@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
+LINK_SECONDS = range(1, 7 * 24 * 3600 + 1)
+"""How long a link may work. S3's own limit is seven days."""
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -65,6 +68,13 @@ class ObjectStore(Protocol):
 
     def write_if_absent(self, uri: str, data: bytes, *, media_type: str) -> bool:
         """Put the object unless one is there; says whether it did. Of racing writers exactly one gets True."""
+        ...
+
+    def link(self, uri: str, *, seconds: int) -> str:
+        """A URL by which somebody without credentials reads this one object until `seconds` (`LINK_SECONDS`) are over.
+
+        A folder has none: it answers with the `file:` URI. Raises what `head` raises: no link leads to nothing.
+        """
         ...
 
     def delete(self, uri: str) -> None:

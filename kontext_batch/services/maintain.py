@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 import structlog
 
-from kontext_batch.errors import NotAllowed, StorageReadOnly
+from kontext_batch.errors import NotAllowed, ObjectNotFound, StorageReadOnly
 from kontext_batch.observability import metrics
 from kontext_batch.ports import ObjectStore, ReconcileReport, Repository, WorkerInfo
 
@@ -78,3 +78,20 @@ def collect_garbage(repository: Repository, store: ObjectStore, *, keep_bytes: i
             repository.forget_uploads([uri], store.delete)
             gone += 1
     return Collected(count, freed, gone)
+
+
+def compare_store(repository: Repository, store: ObjectStore, prefix: str) -> tuple[list[str], list[str]]:
+    """URIs that the database names and the store lacks, and those below `prefix` of which the database knows nothing.
+
+    Listed before the database is asked: what is put meanwhile counts as known. What is unknown may be an upload that
+    is under way, or one that a restored database has forgotten.
+    """
+    there = {info.uri for info in store.list(prefix)}
+    named = set(repository.artifact_uris())
+    missing = []
+    for uri in sorted(named - there):
+        try:  # put since the listing, or kept elsewhere, where `objects` was before
+            store.head(uri)
+        except (NotAllowed, ObjectNotFound):
+            missing.append(uri)
+    return missing, sorted(there - named)

@@ -21,7 +21,7 @@ from kontext_batch.errors import (
     StorageFull,
     StorageReadOnly,
 )
-from kontext_batch.ports import Folder, ObjectInfo
+from kontext_batch.ports import LINK_SECONDS, Folder, ObjectInfo
 from kontext_batch.storage.uris import FILE_SCHEME, Prefixes, file_path, file_uri, is_hidden, refusal
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -111,6 +111,10 @@ class LocalStore:
                     return False
             _sync_folder(folder)
             return True
+
+    def link(self, uri: str, *, seconds: int) -> str:
+        assert seconds in LINK_SECONDS
+        return self.head(uri).uri
 
     def delete(self, uri: str) -> None:
         folder, name = self._to_write(uri)

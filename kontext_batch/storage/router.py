@@ -32,6 +32,9 @@ class StoreRouter:
     def write_if_absent(self, uri: str, data: bytes, *, media_type: str) -> bool:
         return self._of(uri).write_if_absent(uri, data, media_type=media_type)
 
+    def link(self, uri: str, *, seconds: int) -> str:
+        return self._of(uri).link(uri, seconds=seconds)
+
     def delete(self, uri: str) -> None:
         self._of(uri).delete(uri)
 

@@ -27,7 +27,7 @@ from kontext_batch.errors import (
     StorageFull,
     StorageReadOnly,
 )
-from kontext_batch.ports import Folder, ObjectInfo
+from kontext_batch.ports import LINK_SECONDS, Folder, ObjectInfo
 from kontext_batch.storage.uris import S3_SCHEME, Prefixes, is_hidden, refusal, s3_place, s3_uri
 
 if TYPE_CHECKING:
@@ -140,6 +140,16 @@ class S3Store:
                 return True
         with _errors(uri, write=True):
             return self._put_new(bucket, key, data, media_type)
+
+    def link(self, uri: str, *, seconds: int) -> str:
+        """Signed here, with this process's credentials; those of a role may end before `seconds` are over."""
+        assert seconds in LINK_SECONDS
+        bucket, key = self._to_read(uri)
+        self.head(uri)
+        with _errors(uri, write=False):
+            return self._client.generate_presigned_url(
+                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds, HttpMethod="GET"
+            )
 
     def delete(self, uri: str) -> None:
         bucket, key = self._to_write(uri)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from moto import mock_aws
@@ -157,6 +158,20 @@ def test_what_is_not_there_is_not_found(place: Place) -> None:
             place.store.head(place.uri(name))
         with pytest.raises(ObjectNotFound):
             place.store.read(place.uri(name))
+
+
+# -------------------------------------------------------------------------------------------------------------- link
+
+
+def test_a_link_leads_to_one_object_that_may_be_read(place: Place) -> None:
+    place.store.write(place.uri("a b.png"), b"x", media_type=PNG)
+    place.put_behind("secret.png", b"x")
+
+    assert unquote(urlsplit(place.store.link(place.uri("a b.png"), seconds=60)).path).endswith("out/a b.png")
+    with pytest.raises(ObjectNotFound):
+        place.store.link(place.uri("nothing.png"), seconds=60)
+    with pytest.raises(NotAllowed):
+        place.store.link(place.make_uri("secret.png"), seconds=60)
 
 
 # -------------------------------------------------------------------------------------------------- write_if_absent

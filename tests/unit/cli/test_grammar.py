@@ -255,6 +255,18 @@ def test_doctor_finds_nothing_wrong_before_the_first_run(studio: Path, capsys: p
     assert main.main(["doctor"]) == 1
 
 
+def test_doctor_says_that_a_database_of_ones_own_needs_a_store_that_all_see(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "shared store" not in (main.main(["doctor"]), capsys.readouterr().out)[1]
+    monkeypatch.setenv("KONTEXT_BATCH_DATABASE_URL", f"sqlite:///{studio}/shared.db")
+    assert main.main(["db", "upgrade"]) == 0
+    assert main.main(["doctor"]) == 1
+    assert "FAIL shared store: database_url is set and objects is not" in capsys.readouterr().out
+    monkeypatch.setenv("KONTEXT_BATCH_OBJECTS", str(studio))
+    assert main.main(["doctor"]) == 0
+
+
 def test_doctor_tells_of_model_files_that_changed(studio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kontext_batch.registry import AdapterEntry, Registry, signature
 

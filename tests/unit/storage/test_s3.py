@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
@@ -231,6 +232,18 @@ def test_a_bucket_that_is_not_there_is_told(store: S3Store) -> None:
         next(store.list("s3://nowhere/"))
     with pytest.raises(InfrastructureError, match="bucket does not exist"):
         store.write("s3://nowhere/a.png", b"x", media_type=PNG)
+
+
+def test_a_link_is_signed_for_one_object_one_method_and_so_many_seconds(store: S3Store) -> None:
+    store.write(URI, b"x", media_type=PNG)
+
+    link = urlsplit(store.link(URI, seconds=600))
+    asked = parse_qs(link.query)
+
+    assert (link.scheme, link.path) == ("https", "/out/a.png")
+    assert asked["X-Amz-Expires"] == ["600"]
+    assert asked["X-Amz-SignedHeaders"] == ["host"]
+    assert len(asked["X-Amz-Signature"][0]) == 64
 
 
 def test_malformed_prefixes_are_refused_at_once(client: S3Client) -> None:
