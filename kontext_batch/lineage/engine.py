@@ -55,6 +55,8 @@ def open_database(url: str) -> sa.Engine:
             return engine
     except (exc.ArgumentError, exc.NoSuchModuleError) as error:
         raise SettingsError(f"the database URL is not usable: {error}") from error
+    except ValueError:
+        raise SettingsError("the database URL is not usable: its port is no number") from None
     except ModuleNotFoundError as error:
         raise SettingsError(f"PostgreSQL needs psycopg: pip install 'kontext-batch[postgres]' ({error})") from error
     raise SettingsError(f"database URL '{parsed.render_as_string()}': sqlite:///FILE or postgresql://... is expected")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import structlog
 from celery import Celery
+from kombu import Connection, Producer
 
 from kontext_batch.messaging.app import BROKER_ERRORS, MESSAGE_SECONDS, OPERATE, WAKE
 from kontext_batch.planning.plan import OPERATIONS_LANE
@@ -24,18 +25,35 @@ class CeleryWakeUps:
 
     def __init__(self, app: Celery, *, batch_rows: int) -> None:
         self._app, self._batch_rows = app, batch_rows
+        self._connection: Connection | None = None
+        self._producer: Producer | None = None
 
     def wake(self, lanes: Mapping[str, int]) -> None:
         for lane, steps in lanes.items():
             name = OPERATE if lane == OPERATIONS_LANE else WAKE
             try:
                 for _ in range(min(MOST_RINGS, -(-steps // self._batch_rows))):
-                    self._app.send_task(name, args=[lane], expires=MESSAGE_SECONDS, ignore_result=True)
+                    self._app.send_task(
+                        name, args=[lane], expires=MESSAGE_SECONDS, ignore_result=True, producer=self._connected()
+                    )
             except BROKER_ERRORS as error:
+                self._disconnect()
                 log.warning("workers could not be rung; the beat rings again", lane=lane, error=str(error))
                 return
 
     def close(self) -> None:
-        """Give the connections to the broker back."""
-        self._app.pool.force_close_all()  # type: ignore[attr-defined]
+        """Give the connection to the broker back."""
+        self._disconnect()
         self._app.close()
+
+    def _connected(self) -> Producer:
+        """Of a connection of its own: kombu's pools belong to all apps of a process with equal URLs."""
+        if self._producer is None:
+            self._connection = self._app.connection_for_write()
+            self._producer = Producer(self._connection, auto_declare=False)
+        return self._producer
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.release()
+        self._connection = self._producer = None

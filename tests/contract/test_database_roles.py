@@ -28,6 +28,7 @@ __all__ = ["studio"]
 
 FILE = Path(__file__).parents[2] / "deploy" / "postgresql-roles.sql"
 NUMBERS = itertools.count()
+PASSWORD = "open-sesame-of-the-database"
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def roles(empty_postgres_url: str) -> Iterator[Roles]:
     names = {who: f"kontext_{who}_{number}" for who in ("owner", "worker")}
     text = FILE.read_text().replace("kontext_owner", names["owner"]).replace("kontext_worker", names["worker"])
     as_superuser(empty_postgres_url, text, text)  # it may be run again
-    as_superuser(empty_postgres_url, *(f"ALTER ROLE {each} PASSWORD 'secret'" for each in names.values()))
+    as_superuser(empty_postgres_url, *(f"ALTER ROLE {each} PASSWORD '{PASSWORD}'" for each in names.values()))
     users = {
-        who: url.set(username=name, password="secret").render_as_string(hide_password=False)
+        who: url.set(username=name, password=PASSWORD).render_as_string(hide_password=False)
         for who, name in names.items()
     }
     yield Roles(empty_postgres_url, users["owner"], users["worker"])
@@ -150,8 +151,8 @@ schedules run-now nightly
 schedules fires nightly
 schedules pause nightly
 schedules resume nightly
-schedules remove nightly
-gc --keep-bytes 0
+schedules remove nightly --yes
+gc --keep-bytes 0 --yes
 doctor
 db check
 db upgrade

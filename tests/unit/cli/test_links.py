@@ -20,7 +20,7 @@ def in_a_bucket(studio: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "open-sesame")
     monkeypatch.setenv("KONTEXT_BATCH_OBJECTS", "s3://store/of-acme")
-    with mock_aws():
+    with mock_aws(config={"core": {"mock_credentials": False}}):
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="store")
         assert main.main(["run", "sizes.yaml"]) == 0
         yield studio
@@ -46,7 +46,7 @@ def test_a_link_works_for_a_second_to_seven_days(
 
 
 def test_a_picture_that_was_collected_has_no_link(in_a_bucket: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["gc", "--keep-bytes", "0"]) == 0
+    assert main.main(["gc", "--keep-bytes", "0", "--yes"]) == 0
     capsys.readouterr()
     assert main.main(["steps", "link", "1"]) == 2
     assert capsys.readouterr().out == ""
