@@ -20,7 +20,7 @@ import structlog
 from celery import current_app, signals
 
 from kontext_batch.bootstrap import open_application
-from kontext_batch.errors import InfrastructureError
+from kontext_batch.errors import InfrastructureError, StorageFull, StorageReadOnly
 from kontext_batch.observability import hide_password, set_up_logging
 from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.work import Worker
@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 DUTIES = "kontext_duties"
 """Name of the app's setting that brings a worker's duties to its child."""
 RETRY_SECONDS = 1.0
+FULL_SECONDS = 60.0
 END_SIGNAL = signal.SIGUSR2
 
 
@@ -85,6 +86,12 @@ class WorkerProcess:
         """Work until nothing is ready. A fault of database or store is logged: what was held comes back."""
         try:
             self.open().turn()
+        except (StorageFull, StorageReadOnly) as error:
+            # The next ring would compute the same again, and have nowhere to put it.
+            log.error("the store takes nothing; waiting", error=str(error), seconds=FULL_SECONDS)
+            self._give_back()
+            if self._worker is not None:
+                self._worker.draining.wait(FULL_SECONDS)
         except InfrastructureError as error:
             log.error("turn broken off; the next ring tries again", error=str(error))
             self._give_back()

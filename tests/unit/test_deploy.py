@@ -208,7 +208,10 @@ def test_kubernetes_workers_have_a_gpu_each_and_are_looked_after() -> None:
         labels = each["spec"]["template"]["metadata"]["labels"]
         assert each["spec"]["selector"] == budgets[name]["selector"] == {"matchLabels": labels}
         assert each["spec"]["strategy"] == {"type": "Recreate"}, "old and new code on one database"
-        assert {"startupProbe", "readinessProbe"} <= by_name[name][1].keys()
+        probes = {
+            kind: by_name[name][1][f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")
+        }
+        assert probes == {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
 
 
 def test_only_the_upgrade_may_change_tables() -> None:
