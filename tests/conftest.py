@@ -10,9 +10,13 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
 import pytest
 import structlog
 import torch
+
+from tests import servers
 
 torch.set_num_threads(1)
 
@@ -23,3 +27,25 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("KONTEXT_BATCH_", "AWS_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    given = os.environ.get("KONTEXT_TEST_REDIS_URL")
+    if given:
+        yield given
+        return
+    server = servers.needed(lambda: servers.redis(tmp_path_factory.mktemp("redis")).start())
+    yield server.url
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    given = os.environ.get("KONTEXT_TEST_S3_URL")
+    if given:
+        yield given
+        return
+    server = servers.needed(lambda: servers.s3(tmp_path_factory.mktemp("s3")).start())
+    yield server.url
+    server.kill()

@@ -9,9 +9,16 @@ from contextlib import suppress
 from enum import Enum
 
 CHUNK = 1 << 14
-BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: 71\r\nConnection: close\r\n\r\n" + (
-    b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>"
-)
+
+
+def _answer(status: str, code: str) -> bytes:
+    body = f"<Error><Code>{code}</Code><Message>{status}</Message></Error>"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return f"{head}\r\n\r\n{body}".encode()
+
+
+BUSY = _answer("503 Slow Down", "SlowDown")
+FULL = _answer("507 Insufficient Storage", "InsufficientStorage")
 
 
 class Mood(Enum):
@@ -20,6 +27,7 @@ class Mood(Enum):
     FAITHFUL = "passed on"
     SLOW = "passed on, each piece a quarter of a second late"
     BUSY = "answered with 503 Slow Down"
+    FULL = "what is to be written is answered with 507 Insufficient Storage, the rest passed on"
     CUT = "the connection is cut after the first bytes of a request"
 
 
@@ -54,6 +62,9 @@ class Proxy:
                 self.met[mood] += 1
                 if mood is Mood.BUSY:
                     client.sendall(BUSY)
+                    return
+                if mood is Mood.FULL and piece.startswith(b"PUT "):
+                    client.sendall(FULL)
                     return
                 if mood is Mood.CUT:
                     server.sendall(piece[: len(piece) // 2])

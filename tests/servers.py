@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -36,11 +36,24 @@ server.wait()
 """
 """Keeps a server for as long as the other end of its standard input is open."""
 START_SECONDS = 60.0
+T = TypeVar("T")
 LOCAL = "127.0.0.1"
 
 
 class NoServer(Exception):
     """It is not installed here, or did not start."""
+
+
+def needed(server: Callable[[], T]) -> T:
+    """A server for tests: where there is none a told skip at a desk, and a failure in CI."""
+    import pytest
+
+    try:
+        return server()
+    except NoServer as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
 
 
 def free_ports(count: int) -> list[int]:

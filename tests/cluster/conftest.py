@@ -6,10 +6,9 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
@@ -20,45 +19,10 @@ from tests.acceptance.conftest import base_environment, models_file, small_model
 from tests.cluster.installation import BUCKET, Cluster, picture
 from tests.contract.database import postgres_server, postgres_template, postgres_url
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["models_file", "postgres_server", "postgres_template", "postgres_url", "small_model"]
 
 NUMBERS = itertools.count()
 OUTPUTS = ["out/bag_beach.png", "out/bag_snow.png", "out/mug_beach.png", "out/mug_snow.png"]
-
-
-def needed(what: Callable[[], Any]) -> Any:
-    """A server, or a told skip at a desk; in CI what is missing is a failure."""
-    try:
-        return what()
-    except servers.NoServer as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    given = os.environ.get("KONTEXT_TEST_REDIS_URL")
-    if given:
-        yield given
-        return
-    server = needed(lambda: servers.redis(tmp_path_factory.mktemp("redis")).start())
-    yield server.url
-    server.kill()
-
-
-@pytest.fixture(scope="session")
-def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    given = os.environ.get("KONTEXT_TEST_S3_URL")
-    if given:
-        yield given
-        return
-    server = needed(lambda: servers.s3(tmp_path_factory.mktemp("s3")).start())
-    yield server.url
-    server.kill()
 
 
 @pytest.fixture
@@ -69,7 +33,7 @@ def queue_prefix() -> str:
 @pytest.fixture(params=["redis", "rabbitmq"])
 def broker_url(request: pytest.FixtureRequest, queue_prefix: str) -> Iterator[str]:
     """A broker of each kind; the queues of the test are gone afterwards."""
-    url = request.getfixturevalue("redis_url") if request.param == "redis" else needed(servers.rabbitmq_url)
+    url = request.getfixturevalue("redis_url") if request.param == "redis" else servers.needed(servers.rabbitmq_url)
     yield url
     with Connection(url) as connection:
         for name in ("edits", "operations"):

@@ -21,7 +21,7 @@ from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import RunState, StepState
 from tests import servers
 from tests.acceptance.conftest import STEPS_IN_ALL
-from tests.cluster.conftest import OUTPUTS, needed
+from tests.cluster.conftest import OUTPUTS
 from tests.cluster.installation import Cluster
 from tests.proxy import Mood, Proxy
 
@@ -117,7 +117,7 @@ def test_a_batch_that_is_too_big_for_the_device_is_done_by_halves(cluster: Clust
 
 
 def test_a_broker_that_is_killed_and_comes_back_empty_loses_nothing(cluster: Cluster, tmp_path: Path) -> None:
-    broker = needed(lambda: servers.redis(tmp_path).start())
+    broker = servers.needed(lambda: servers.redis(tmp_path).start())
     cluster.environment = {**cluster.environment, "KONTEXT_BATCH_BROKER_URL": broker.url}
     worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="0.5")
     run_id = cluster.submit()
@@ -136,7 +136,7 @@ def test_a_broker_that_is_killed_and_comes_back_empty_loses_nothing(cluster: Clu
 def test_a_database_that_is_restarted_in_mid_batch_gets_the_result_all_the_same(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    database = needed(lambda: servers.Postgres(tmp_path / "postgres").start())
+    database = servers.needed(lambda: servers.Postgres(tmp_path / "postgres").start())
     upgrade(database.url)
     cluster.environment = {**cluster.environment, "KONTEXT_BATCH_DATABASE_URL": database.url}
     worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="1")
@@ -167,6 +167,22 @@ def test_a_store_that_is_busy_slow_or_cuts_uploads_costs_time_and_no_step(cluste
         assert all(each.count("ok") == 1 for each in cluster.outcomes(run_id))
     proxy.close()
     assert cluster.ask(sound)
+
+
+def test_a_store_that_is_full_fails_no_step_and_goes_on_when_there_is_room(cluster: Cluster) -> None:
+    proxy = Proxy(int(cluster.environment["KONTEXT_BATCH_S3_ENDPOINT"].rpartition(":")[2]))
+    worker = cluster.toy_worker(KONTEXT_BATCH_S3_ENDPOINT=f"http://127.0.0.1:{proxy.port}")
+    proxy.mood = Mood.FULL
+    run_id = cluster.submit()
+    cluster.wait_for(lambda: "the store takes nothing" in cluster.logs(), worker)
+    assert StepState.DONE not in cluster.states(run_id)
+    assert StepState.FAILED not in cluster.states(run_id)
+    proxy.mood = Mood.FAITHFUL
+    beat = cluster.start("workers", "beat", "--every", "0.2")
+    cluster.wait_until_done(run_id, worker, beat)
+    assert_each_step_once(cluster, run_id)
+    assert set(chain(*cluster.outcomes(run_id))) <= {"ok", "released"}
+    proxy.close()
 
 
 def test_clocks_an_hour_apart_and_two_beats_change_nothing(cluster: Cluster) -> None:

@@ -14,7 +14,6 @@ from botocore.exceptions import ClientError
 
 from kontext_batch.storage.s3 import S3Store, make_client
 from tests import servers
-from tests.cluster.conftest import needed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 KEYS = "any-key-at-all", "open-sesame-open-sesame"
@@ -22,7 +21,7 @@ KEYS = "any-key-at-all", "open-sesame-open-sesame"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
-    server = needed(lambda: servers.s3(tmp_path, keys=KEYS).start())
+    server = servers.needed(lambda: servers.s3(tmp_path, keys=KEYS).start())
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEYS[0])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEYS[1])
     client = make_client(endpoint=server.url)
