@@ -45,9 +45,7 @@ ROOT_URI = "s3://studio-assets/kontext/objects"
 def item(app: Celery, number: int) -> Any:
     """The nine steps of one photo, and the chord that waits for them."""
     step, collect = app.tasks["peer.step"], app.tasks["peer.collect"]
-    scenes = [
-        chain(step.s(f"{number}/{scene}/staged"), step.s(f"{number}/{scene}/finish")) for scene in range(SCENES)
-    ]
+    scenes = [chain(step.s(f"{number}/{scene}/staged"), step.s(f"{number}/{scene}/finish")) for scene in range(SCENES)]
     return chain(step.s("photo", f"{number}/clean"), chord(group(scenes), collect.s()))
 
 

@@ -216,7 +216,7 @@ def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *
 def _lease(
     conn: sa.Connection, worker_id: str, lane: str, chosen: Mapping[int, Any], lease_seconds: float
 ) -> list[LeasedStep]:
-    leased = conn.execute(
+    lease = (
         sa.update(t.steps)
         .where(among(STEPS.id, chosen))
         .values(
@@ -228,21 +228,15 @@ def _lease(
         )
         .returning(STEPS.id, STEPS.lease_token, STEPS.asked, STEPS.attempts)
     )
-    by_id = {row.id: row for row in leased}
-    conn.execute(
-        sa.insert(t.attempts).values(started=now()),
-        [
-            {
-                "step_id": row.id,
-                "token": row.lease_token,
-                "asked": row.asked,
-                "number": row.attempts,
-                "worker_id": worker_id,
-                "timings": {},
-            }
-            for row in by_id.values()
-        ],
-    )
+    if conn.dialect.name == "postgresql":  # in one round trip
+        leased = lease.cte("leased")
+        begun = _begin_attempts(sa.select(*leased.c), worker_id).cte("begun")
+        rows = conn.execute(sa.select(leased).add_cte(begun)).all()
+    else:
+        rows = conn.execute(lease).all()
+        held = sa.select(STEPS.id, STEPS.lease_token, STEPS.asked, STEPS.attempts).where(among(STEPS.id, chosen))
+        conn.execute(_begin_attempts(held, worker_id))
+    by_id = {row.id: row for row in rows}
     parents, sources = _pictures(conn, list(chosen))
     return [
         LeasedStep(
@@ -260,6 +254,13 @@ def _lease(
         )
         for step_id, step in chosen.items()
     ]
+
+
+def _begin_attempts(leased: sa.Select[Any], worker_id: str) -> sa.Insert:
+    """`leased`: id, token, asked and attempts of the steps."""
+    begun = leased.add_columns(sa.literal(worker_id), sa.literal({}, sa.JSON), now())
+    columns = ["step_id", "token", "asked", "number", "worker_id", "timings", "started"]
+    return sa.insert(t.attempts).from_select(columns, begun, include_defaults=False)
 
 
 def _pictures(
