@@ -57,7 +57,7 @@ BATCH_ROWS = 8
 
 
 def make_plan(name: str, steps: int) -> Plan:
-    """At least `steps` steps: a photo is cut out, placed in four scenes, and each of these is finished and delivered."""
+    """At least `steps` steps: photos are cut out, placed in four scenes each, and these finished and delivered."""
     planned: list[PlannedStep] = []
     instances: list[Instance] = []
     deliveries: list[PlannedDelivery] = []

@@ -7,6 +7,8 @@ token changes nothing but the outcome of its own attempt, and its uploads become
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -16,6 +18,7 @@ from kontext_batch.lineage.engine import graph_locked
 from kontext_batch.lineage.graph import free_children, skip_below, welcome_back
 from kontext_batch.lineage.sql import (
     among,
+    among_later,
     execute_all,
     in_state,
     insert_rows,
@@ -90,17 +93,19 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
 
 def _held(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, int]:
     """Step id -> token, of those that are leased; they and the graph are locked until the end of the transaction."""
-    rows = conn.execute(
+    rows = conn.execute(_lock_held(conn.dialect.name), {"step_ids": sorted(step_ids)})
+    return {row.id: row.lease_token for row in rows}
+
+
+@cache
+def _lock_held(dialect: str) -> sa.Select[Any]:
+    """Made once: to put a statement together takes longer than to run it."""
+    return (
         sa.select(STEPS.id, STEPS.lease_token)
-        .where(
-            *graph_locked(conn),
-            among(STEPS.id, sorted(step_ids)),
-            in_state(STEPS.state, StepState.LEASED),
-        )
+        .where(*graph_locked(dialect), among_later(STEPS.id, "step_ids"), in_state(STEPS.state, StepState.LEASED))
         .order_by(STEPS.id)
         .with_for_update(key_share=True)
     )
-    return {row.id: row.lease_token for row in rows}
 
 
 def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:

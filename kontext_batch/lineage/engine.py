@@ -157,13 +157,13 @@ def lock_graph(conn: sa.Connection, *, alone: bool) -> None:
         conn.exec_driver_sql(f"SELECT {lock}({_GRAPH_LOCK})")
 
 
-def graph_locked(conn: sa.Connection) -> list[sa.ColumnElement[bool]]:
+def graph_locked(dialect: str) -> list[sa.ColumnElement[bool]]:
     """`lock_graph(alone=False)` as a condition of a transaction's first statement, for one round trip less.
 
     PostgreSQL evaluates it before it reads a row, but after it has chosen what the statement may see: only rows that
     the statement locks are sure to be the newest. Those of later statements are.
     """
-    if conn.dialect.name != "postgresql":
+    if dialect != "postgresql":
         return []
     locked = sa.literal_column(f"(SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})::text)", sa.Text)
     return [locked.is_not(None)]

@@ -153,8 +153,16 @@ class _Among(FunctionElement[Any]):
 
 def among(column: sa.ColumnElement[Any], values: Iterable[Any]) -> _Among:
     """`column IN values`, for lists of any length in one parameter and one statement text."""
-    item = "bigint" if isinstance(column.type, sa.Integer) else "text"
-    return _Among(column, sa.bindparam(None, list(values), type_=ListOf(item), unique=True))
+    return _Among(column, sa.bindparam(None, list(values), type_=_list_of(column), unique=True))
+
+
+def among_later(column: sa.ColumnElement[Any], name: str) -> _Among:
+    """`among`, of a statement that is made once: the values come as the parameter `name`, a list."""
+    return _Among(column, sa.bindparam(name, type_=_list_of(column)))
+
+
+def _list_of(column: sa.ColumnElement[Any]) -> ListOf:
+    return ListOf("bigint" if isinstance(column.type, sa.Integer) else "text")
 
 
 @compiles(_Among, "postgresql")
