@@ -18,10 +18,10 @@ from kontext_batch.workers.tasks import operate, wake
 __all__ = ["operate", "wake"]
 
 editor.EngineEditor = noop.NoEngine  # type: ignore[assignment,misc]
-bootstrap.PillowOperations = noop.NoOperations  # type: ignore[assignment,misc]
-bootstrap.ObjectKeys = lambda _root: noop.URIS  # type: ignore[assignment,misc]
-bootstrap.open_store = lambda *_places, **_endpoint: noop.CarryingStore()  # type: ignore[assignment,return-value]
-bootstrap.with_shipped = lambda registry, _file: registry
+bootstrap.PillowOperations = noop.NoOperations  # type: ignore[attr-defined]
+bootstrap.ObjectKeys = lambda _root: noop.URIS  # type: ignore[attr-defined,return-value]
+bootstrap.open_store = lambda *_places, **_endpoint: noop.CarryingStore()  # type: ignore[attr-defined]
+bootstrap.with_shipped = lambda registry, file: registry
 
 if __name__ == "__main__":
     set_up_logging()

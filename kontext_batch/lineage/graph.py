@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.sql import among, among_later, exists, in_state, now, pair_in
@@ -28,7 +29,7 @@ def free_children(conn: sa.Connection, done: Sequence[int]) -> dict[str, int]:
 
 
 @cache
-def _count_off(dialect: str) -> sa.ReturningUpdate[Any]:
+def _count_off(dialect: str) -> ReturningUpdate[Any]:
     waiting = (
         sa.select(t.edges.c.child, sa.func.count(t.edges.c.parent.distinct()).label("freed"))
         .where(among_later(t.edges.c.parent, "done"))
