@@ -53,15 +53,15 @@ class Costs:
 
 
 MEASURED = Costs(
-    worker_ms=1.0,
-    database_ms=0.6,
-    wait_ms=0.2,
-    start_ms=300.0,
-    submit_ms=0.09,
-    database_bytes=4000.0,
-    wal_bytes=6000.0,
+    worker_ms=1.14,
+    database_ms=0.73,
+    wait_ms=0.0,
+    start_ms=0.0,
+    submit_ms=0.12,
+    database_bytes=4170.0,
+    wal_bytes=8550.0,
     message_bytes=1210.0,
-    ring_ms=12.0,
+    ring_ms=11.3,
 )
 """`python -m benchmarks.scale --measure` and `python -m benchmarks.control_plane`, two cores for everything."""
 CORES = 2
@@ -79,7 +79,12 @@ class Timed:
     """Of the machine's that other processes left to it."""
 
 
-CHECKS: tuple[Timed, ...] = ()
+CHECKS = (
+    Timed(workers=2, steps=1008, seconds=1.58, cores=1.20),
+    Timed(workers=2, steps=10008, seconds=14.92, cores=1.24),
+    Timed(workers=4, steps=1008, seconds=1.85, cores=1.18),
+    Timed(workers=4, steps=10008, seconds=15.76, cores=1.28),
+)
 """Measured with the same command."""
 
 
@@ -230,38 +235,38 @@ def limits(costs: Costs, fleet: Fleet, *, peak: float = PEAK) -> list[Limit]:
             "connections to the database",
             2.0 * fleet.gpus,
             100.0,
-            "",
+            "number",
             "a pooler in transaction mode (locks and statements are a transaction's); max_connections",
         ),
         Limit(
-            "seconds a plan of 1,000,000 steps keeps commits waiting",
+            "a plan of 1,000,000 steps keeps commits waiting",
             costs.submit_ms * 1000,
             60.0,
-            "s",
+            "seconds",
             "smaller runs (`--only`, one recipe for each range of products); a longer batch than this hides it",
         ),
         Limit(
-            "database grows in a year",
+            "the database grows in a year",
             costs.database_bytes * fleet.steps_a_day * 365 / 1e12,
             4.0,
             "TB",
             "one database for each studio or month; old runs exported and dropped",
         ),
         Limit(
-            "keys in a folder of the inbox that is listed every 30 s",
+            "keys of 30 days of runs of 1,000 steps in an inbox that is listed every 30 s",
             fleet.steps_a_day / 1000 * 30,
             30 / 0.1 * 1000,
-            "",
+            "number",
             "events (SQS) instead of listing; a prefix for each owner; a lifecycle rule that removes old answers",
         ),
         Limit(
             "PUT of one prefix",
             rate * PUTS_A_STEP,
             3500.0,
-            "/s",
+            "a second",
             "S3 splits objects/ab/cd by itself as load grows; else more prefixes (`objects`), one for each studio",
         ),
-        Limit("GET of one prefix", rate * GETS_A_STEP, 5500.0, "/s", "likewise"),
+        Limit("GET of one prefix", rate * GETS_A_STEP, 5500.0, "a second", "likewise"),
         Limit(
             "database CPU",
             rate * costs.database_ms / 1000 + beats * 0.001,
@@ -273,15 +278,15 @@ def limits(costs: Costs, fleet: Fleet, *, peak: float = PEAK) -> list[Limit]:
             "commits that reach the disk",
             batches * TRANSACTIONS_A_BATCH + beats,
             2000.0,
-            "/s",
+            "a second",
             "larger batches; a disk with a write cache that survives power cuts; group commit",
         ),
-        Limit("write-ahead log", rate * costs.wal_bytes / 1e6, 200.0, "MB/s", "as database CPU"),
+        Limit("write-ahead log", rate * costs.wal_bytes / 1e6, 200.0, "MB a second", "as database CPU"),
         Limit(
             "rings through the broker",
             batches,
             10_000.0,
-            "/s",
+            "a second",
             "nothing for long: a ring is at most one for each batch; then a broker for each pool (`queue_prefix`)",
         ),
     ]
@@ -400,7 +405,8 @@ def main() -> int:
     found = limits(costs, fleet)
     print(f"\n{'load':>10} {'most':>10} {'room':>8}  what gives way first comes first")
     for each in found:
-        print(f"{each.load:10,.3g} {each.most:10,.6g} {each.room:7.2f}x  {each.name} {each.unit}: {each.moved_by}")
+        print(f"{each.load:10,.4g} {each.most:10,.6g} {each.room:7.2f}x  {each.name} ({each.unit})")
+        print(f"{'':31}  moved by {each.moved_by}")
     alone = 1000 / costs.database_ms * 16
     print(f"\none database of 16 cores: {alone:,.0f} steps a second by its CPU")
     wakes = generations(fleet.gpus)
