@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,7 +16,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.deliveries import free_deliveries, pending_deliveries
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
-from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus, pair_in
+from kontext_batch.lineage.sql import among, among_later, exists, in_state, now, now_plus, pair_in
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
@@ -80,6 +81,21 @@ def claim(
 
 def _ready(conn: sa.Connection) -> list[Ready]:
     """What may be claimed, by run and lane; and what is leased."""
+    rows = conn.execute(_ready_query()).all()
+    of_run = {row.id: (row.owner, row.leased) for row in rows}
+    of_owner: Counter[str] = Counter()
+    for owner, number in of_run.values():
+        of_owner[owner] += number
+    return [
+        Ready(row.id, row.owner, row.priority, row.lane, row.leased, of_owner[row.owner], row.source)
+        for row in rows
+        if row.lane is not None
+    ]
+
+
+@cache
+def _ready_query() -> sa.Select[Any]:
+    """This and others are made once: to put a statement together takes longer than to run it."""
     runs, ready = t.runs.c, in_state(STEPS.state, StepState.READY)
     # A walk over the first entry of each run and lane in the index, instead of over every ready step.
     lane = sa.select(sa.func.min(STEPS.lane)).where(ready)
@@ -93,7 +109,7 @@ def _ready(conn: sa.Connection) -> list[Ready]:
         .group_by(STEPS.run_id)
         .subquery("leased")
     )
-    rows = conn.execute(
+    return (
         sa.select(
             runs.id,
             runs.owner,
@@ -107,16 +123,7 @@ def _ready(conn: sa.Connection) -> list[Ready]:
         .outerjoin(leased, leased.c.id == runs.id)
         .where(sa.or_(walk.c.id.is_not(None), leased.c.id.is_not(None)))
         .order_by(runs.id, walk.c.lane)
-    ).all()
-    of_run = {row.id: (row.owner, row.leased) for row in rows}
-    of_owner: Counter[str] = Counter()
-    for owner, number in of_run.values():
-        of_owner[owner] += number
-    return [
-        Ready(row.id, row.owner, row.priority, row.lane, row.leased, of_owner[row.owner], row.source)
-        for row in rows
-        if row.lane is not None
-    ]
+    )
 
 
 def waiting_lanes(conn: sa.Connection) -> dict[str, int]:
@@ -132,6 +139,24 @@ def waiting_lanes(conn: sa.Connection) -> dict[str, int]:
 
 def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *, begun: int) -> dict[int, Any]:
     """The first steps of a share that may join a batch of `begun` steps, in order."""
+    others = run_id is not None and run_id != share.run_id
+    parameters = {"account": share.run_id, "in_lane": share.lane, "most": limit}
+    rows = conn.execute(_choose_query(others=others), {**parameters, "wanted_by": run_id} if others else parameters)
+    chosen: dict[int, Any] = {}
+    for row in rows:
+        if row.batch_limit is not None and row.batch_limit <= begun + len(chosen):
+            continue
+        chosen[row.id] = row
+        if row.batch_limit is not None:
+            limit = min(limit, row.batch_limit - begun)
+        if len(chosen) >= limit:
+            break
+    return chosen
+
+
+@cache
+def _choose_query(*, others: bool) -> sa.Select[Any]:
+    """`others`: of steps on another run's account only what this run wants as well."""
     query = (
         sa.select(
             STEPS.id,
@@ -145,32 +170,24 @@ def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *
         .join(t.step_params, t.step_params.c.step_id == STEPS.id)
         .where(
             in_state(STEPS.state, StepState.READY),
-            STEPS.run_id == share.run_id,
-            STEPS.lane == share.lane,
+            STEPS.run_id == sa.bindparam("account"),
+            STEPS.lane == sa.bindparam("in_lane"),
             sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
         )
         .order_by(STEPS.id)
-        .limit(limit)
+        .limit(sa.bindparam("most", type_=sa.Integer))
         .with_for_update(skip_locked=True, key_share=True, of=t.steps)
     )
-    if run_id is not None and run_id != share.run_id:
-        query = query.where(exists(t.run_steps.c.step_id == STEPS.id, t.run_steps.c.run_id == run_id, outer=t.steps))
-    chosen: dict[int, Any] = {}
-    for row in conn.execute(query):
-        if row.batch_limit is not None and row.batch_limit <= begun + len(chosen):
-            continue
-        chosen[row.id] = row
-        if row.batch_limit is not None:
-            limit = min(limit, row.batch_limit - begun)
-        if len(chosen) >= limit:
-            break
-    return chosen
+    if not others:
+        return query
+    wanted = t.run_steps.c.run_id == sa.bindparam("wanted_by")
+    return query.where(exists(t.run_steps.c.step_id == STEPS.id, wanted, outer=t.steps))
 
 
 def _lease(
     conn: sa.Connection, worker_id: str, lane: str, chosen: Mapping[int, Any], lease_seconds: float
 ) -> list[LeasedStep]:
-    leased = conn.execute(
+    lease = (
         sa.update(t.steps)
         .where(among(STEPS.id, chosen))
         .values(
@@ -182,21 +199,15 @@ def _lease(
         )
         .returning(STEPS.id, STEPS.lease_token, STEPS.asked, STEPS.attempts)
     )
-    by_id = {row.id: row for row in leased}
-    conn.execute(
-        sa.insert(t.attempts).values(started=now()),
-        [
-            {
-                "step_id": row.id,
-                "token": row.lease_token,
-                "asked": row.asked,
-                "number": row.attempts,
-                "worker_id": worker_id,
-                "timings": {},
-            }
-            for row in by_id.values()
-        ],
-    )
+    if conn.dialect.name == "postgresql":  # in one round trip
+        leased = lease.cte("leased")
+        begun = _begin_attempts(sa.select(*leased.c), worker_id).cte("begun")
+        rows = conn.execute(sa.select(leased).add_cte(begun)).all()
+    else:
+        rows = conn.execute(lease).all()
+        held = sa.select(STEPS.id, STEPS.lease_token, STEPS.asked, STEPS.attempts).where(among(STEPS.id, chosen))
+        conn.execute(_begin_attempts(held, worker_id))
+    by_id = {row.id: row for row in rows}
     parents, sources = _pictures(conn, list(chosen))
     return [
         LeasedStep(
@@ -216,10 +227,37 @@ def _lease(
     ]
 
 
+def _begin_attempts(leased: sa.Select[Any], worker_id: str) -> sa.Insert:
+    """`leased`: id, token, asked and attempts of the steps."""
+    begun = leased.add_columns(sa.literal(worker_id), sa.literal({}, sa.JSON), now())
+    columns = ["step_id", "token", "asked", "number", "worker_id", "timings", "started"]
+    return sa.insert(t.attempts).from_select(columns, begun, include_defaults=False)
+
+
 def _pictures(
     conn: sa.Connection, step_ids: Sequence[int]
 ) -> tuple[dict[int, list[ParentOutput]], dict[int, list[SourceInput]]]:
     """What each step reads, in one query: outputs of its parents, and its sources."""
+    parents: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
+    found_sources: dict[int, list[SourceInput]] = {}
+    for row in conn.execute(_pictures_query(), {"step_ids": list(step_ids)}):
+        if row.key is None:
+            found_sources.setdefault(row.step_id, []).append(SourceInput(row.role, row.position, row.uri, row.sha256))
+            continue
+        slots = parents.setdefault(row.step_id, {}).setdefault((row.role, row.position), {"key": row.key})
+        slots[row.slot] = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+    found_parents = {
+        step_id: [
+            ParentOutput(role, position, slots["key"], slots[IMAGE], slots.get(LATENTS))
+            for (role, position), slots in by_place.items()
+        ]
+        for step_id, by_place in parents.items()
+    }
+    return found_parents, found_sources
+
+
+@cache
+def _pictures_query() -> sa.CompoundSelect[Any]:
     edges, outputs, artifacts, sources = t.edges.c, t.step_outputs.c, t.artifacts.c, t.step_sources.c
     made = (
         sa.select(
@@ -238,7 +276,7 @@ def _pictures(
         .join(t.steps, STEPS.id == edges.parent)
         .join(t.step_outputs, outputs.step_id == edges.parent)
         .join(t.artifacts, artifacts.sha256 == outputs.sha256)
-        .where(among(edges.child, step_ids))
+        .where(among_later(edges.child, "step_ids"))
     )
     nothing = sa.literal_column("NULL", sa.Text)
     zero = sa.literal_column("0", sa.Integer)
@@ -254,23 +292,8 @@ def _pictures(
         zero,
         zero,
         zero,
-    ).where(among(sources.step_id, step_ids))
-    parents: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
-    found_sources: dict[int, list[SourceInput]] = {}
-    for row in conn.execute(sa.union_all(made, given).order_by("step_id", "role", "position")):
-        if row.key is None:
-            found_sources.setdefault(row.step_id, []).append(SourceInput(row.role, row.position, row.uri, row.sha256))
-            continue
-        slots = parents.setdefault(row.step_id, {}).setdefault((row.role, row.position), {"key": row.key})
-        slots[row.slot] = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
-    found_parents = {
-        step_id: [
-            ParentOutput(role, position, slots["key"], slots[IMAGE], slots.get(LATENTS))
-            for (role, position), slots in by_place.items()
-        ]
-        for step_id, by_place in parents.items()
-    }
-    return found_parents, found_sources
+    ).where(among_later(sources.step_id, "step_ids"))
+    return sa.union_all(made, given).order_by("step_id", "role", "position")
 
 
 def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float) -> int:

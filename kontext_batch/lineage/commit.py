@@ -7,15 +7,28 @@ token changes nothing but the outcome of its own attempt, and its uploads become
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.engine import lock_graph
+from kontext_batch.lineage.engine import graph_locked
 from kontext_batch.lineage.graph import free_children, skip_below, welcome_back
 from kontext_batch.lineage.limits import usage_insert
-from kontext_batch.lineage.sql import among, in_state, now, now_plus, pair_in, stored_text
+from kontext_batch.lineage.sql import (
+    among,
+    among_later,
+    execute_all,
+    in_state,
+    insert_rows,
+    now,
+    now_plus,
+    pair_in,
+    rows_of,
+    stored_text,
+)
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, BatchRecord, CommitReport, StepDone, StepFailed, StepResult
 
@@ -30,39 +43,37 @@ def intend_uploads(conn: sa.Connection, uploads: Sequence[tuple[str, int, int]])
     """Of a lease that has moved on, the upload is an orphan from the start."""
     if not uploads:
         return
-    lock_graph(conn, alone=False)
     held = _held(conn, {step_id for _, step_id, _ in uploads})
-    conn.execute(
-        sa.insert(t.uploads).values(created=now()),
-        [
-            {
-                "uri": uri,
-                "step_id": step_id,
-                "token": token,
-                "state": "intent" if _holds(held, step_id, token) else "orphaned",
-            }
-            for uri, step_id, token in uploads
-        ],
-    )
+    rows = [
+        {
+            "uri": uri,
+            "step_id": step_id,
+            "token": token,
+            "state": "intent" if _holds(held, step_id, token) else "orphaned",
+        }
+        for uri, step_id, token in uploads
+    ]
+    conn.execute(insert_rows(conn, t.uploads, ("uri", "step_id", "token", "state"), rows, created=now()))
 
 
 def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[StepResult]) -> CommitReport:
     if not results:
         return CommitReport(committed=(), fenced=(), woken={})
-    lock_graph(conn, alone=False)
     held = _held(conn, {result.step_id for result in results})
     valid = [result for result in results if _holds(held, result.step_id, result.token)]
     stale = [(each.step_id, each.token) for each in results if not _holds(held, each.step_id, each.token)]
     done = [result for result in valid if isinstance(result, StepDone)]
     failed = [result for result in valid if isinstance(result, StepFailed)]
 
-    batch_id = None
-    if batch is not None and valid:
-        batch_id = _record_batch(conn, batch, _sampled(results, held))
+    batch_id = _record_batch(conn, batch) if batch is not None and valid else None
+    settled = _settle_uploads(done, [(result.step_id, result.token) for result in failed])
+    members = _members(conn, batch, batch_id) if batch is not None and batch_id is not None else []
+    sampled = _sampled(results, held) if batch is not None and batch_id is not None else {}
+    used = [usage_insert(conn, batch.worker_id, sampled)] if batch is not None and sampled else []
+    execute_all(conn, [*used, *members, *_finish(conn, done, batch_id), *settled])
     woken: Mapping[str, int] = {}
     deliverable = 0
     if done:
-        _finish(conn, done, batch_id)
         step_ids = [result.step_id for result in done]
         woken = free_children(conn, step_ids)
         deliverable = conn.execute(
@@ -72,7 +83,6 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         ).rowcount
     if failed:
         _fail(conn, failed, batch_id)
-    _settle_uploads(conn, done, [(result.step_id, result.token) for result in failed])
     earlier = _fence(conn, stale) if stale else set()
     return CommitReport(
         committed=tuple(
@@ -88,13 +98,8 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
 
 
 def _held(conn: sa.Connection, step_ids: Iterable[int]) -> Held:
-    """Those that are leased, locked until the end of the transaction."""
-    rows = conn.execute(
-        sa.select(STEPS.id, STEPS.lease_token, STEPS.run_id)
-        .where(among(STEPS.id, sorted(step_ids)), in_state(STEPS.state, StepState.LEASED))
-        .order_by(STEPS.id)
-        .with_for_update(key_share=True)
-    )
+    """Those that are leased; they and the graph are locked until the end of the transaction."""
+    rows = conn.execute(_lock_held(conn.dialect.name), {"step_ids": sorted(step_ids)})
     return {row.id: (row.lease_token, row.run_id) for row in rows}
 
 
@@ -119,8 +124,18 @@ def _sampled(results: Sequence[StepResult], held: Held) -> dict[int, float]:
     return seconds
 
 
-def _record_batch(conn: sa.Connection, batch: BatchRecord, sampled: dict[int, float]) -> int:
-    """All its members, those with a stale token too: how a batch was composed explains its pixels."""
+@cache
+def _lock_held(dialect: str) -> sa.Select[Any]:
+    """Made once: to put a statement together takes longer than to run it."""
+    return (
+        sa.select(STEPS.id, STEPS.lease_token, STEPS.run_id)
+        .where(*graph_locked(dialect), among_later(STEPS.id, "step_ids"), in_state(STEPS.state, StepState.LEASED))
+        .order_by(STEPS.id)
+        .with_for_update(key_share=True)
+    )
+
+
+def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:
     values = {
         "worker_id": batch.worker_id,
         "lane": batch.lane,
@@ -130,74 +145,71 @@ def _record_batch(conn: sa.Connection, batch: BatchRecord, sampled: dict[int, fl
         "libraries": dict(batch.libraries),
         "committed": now(),
     }
-    insert = sa.insert(t.batches).values(values).returning(t.batches.c.id)
-    if sampled:
-        used = usage_insert(conn, batch.worker_id, sampled)
-        if conn.dialect.name == "postgresql":  # in one statement: each is a round trip there
-            insert = insert.add_cte(used.cte("used"))
-        else:
-            conn.execute(used)
-    batch_id = int(conn.execute(insert).scalar_one())
-    members = {each.step_id: each for each in batch.members}
-    if members:
-        conn.execute(
-            sa.insert(t.batch_members),
-            [
-                {"batch_id": batch_id, "step_id": each.step_id, "joined": each.joined, "left": each.left}
-                for each in members.values()
-            ],
+    return int(conn.execute(sa.insert(t.batches).values(values).returning(t.batches.c.id)).scalar_one())
+
+
+def _members(conn: sa.Connection, batch: BatchRecord, batch_id: int) -> list[sa.Insert]:
+    """All of them, those with a stale token too: how a batch was composed explains its pixels."""
+    rows = [
+        {"step_id": each.step_id, "joined": each.joined, "left": each.left}
+        for each in {each.step_id: each for each in batch.members}.values()
+    ]
+    if not rows:
+        return []
+    return [
+        insert_rows(
+            conn, t.batch_members, ("step_id", "joined", "left"), rows, batch_id=sa.literal(batch_id, sa.Integer)
         )
-    return batch_id
+    ]
 
 
-def _finish(conn: sa.Connection, done: Sequence[StepDone], batch_id: int | None) -> None:
+def _finish(conn: sa.Connection, done: Sequence[StepDone], batch_id: int | None) -> list[sa.Insert | sa.Update]:
     """Steps done, with their artifacts, outputs and attempts."""
-    step_ids = [result.step_id for result in done]
-    conn.execute(
+    if not done:
+        return []
+    finished = (
         sa.update(t.steps)
-        .where(among(STEPS.id, step_ids))
+        .where(among(STEPS.id, [result.step_id for result in done]))
         .values(state=StepState.DONE, lease_owner=None, lease_until=None, not_before=None, error=None)
     )
-    artifacts = {output.artifact.sha256: output.artifact for result in done for output in result.outputs}
-    if artifacts:
-        _keep(conn, [artifacts[sha256] for sha256 in sorted(artifacts)])
-        conn.execute(
-            sa.insert(t.step_outputs),
-            [
-                {"step_id": result.step_id, "slot": output.slot, "sha256": output.artifact.sha256}
-                for result in done
-                for output in result.outputs
-            ],
-        )
-    timings = sa.case(
-        {result.step_id: sa.literal(dict(result.timings), sa.JSON) for result in done}, value=ATTEMPTS.step_id
-    )
-    conn.execute(
+    types = {"step_id": STEPS.id.type, "token": STEPS.lease_token.type, "timings": ATTEMPTS.timings.type}
+    rows = [{"step_id": result.step_id, "token": result.token, "timings": dict(result.timings)} for result in done]
+    took = rows_of(conn, "took", types, rows)
+    attempts = (
         sa.update(t.attempts)
-        .where(pair_in(ATTEMPTS.step_id, ATTEMPTS.token, [(result.step_id, result.token) for result in done]))
-        .values(outcome="ok", ended=now(), batch_id=batch_id, timings=timings)
+        .where(ATTEMPTS.step_id == took.c.step_id, ATTEMPTS.token == took.c.token)
+        .values(outcome="ok", ended=now(), batch_id=batch_id, timings=took.c.timings)
     )
+    artifacts = {output.artifact.sha256: output.artifact for result in done for output in result.outputs}
+    if not artifacts:
+        return [finished, attempts]
+    outputs = [
+        {"step_id": result.step_id, "slot": output.slot, "sha256": output.artifact.sha256}
+        for result in done
+        for output in result.outputs
+    ]
+    kept = _keep(conn, [artifacts[sha256] for sha256 in sorted(artifacts)])
+    return [kept, insert_rows(conn, t.step_outputs, ("step_id", "slot", "sha256"), outputs), finished, attempts]
 
 
-def _keep(conn: sa.Connection, artifacts: Sequence[Artifact]) -> None:
+def _keep(conn: sa.Connection, artifacts: Sequence[Artifact]) -> sa.Insert:
     """Artifacts are there (again): one that was collected has its bytes back."""
+    rows = [
+        {
+            "sha256": each.sha256,
+            "uri": each.uri,
+            "media_type": each.media_type,
+            "bytes": each.bytes,
+            "width": each.width,
+            "height": each.height,
+        }
+        for each in artifacts
+    ]
     insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.artifacts)
-    conn.execute(
-        insert.values(created=now()).on_conflict_do_update(
-            index_elements=["sha256"], set_={"collected_at": None, "uri": insert.excluded.uri}
-        ),
-        [
-            {
-                "sha256": each.sha256,
-                "uri": each.uri,
-                "media_type": each.media_type,
-                "bytes": each.bytes,
-                "width": each.width,
-                "height": each.height,
-            }
-            for each in artifacts
-        ],
+    insert = insert.on_conflict_do_update(
+        index_elements=["sha256"], set_={"collected_at": None, "uri": insert.excluded.uri}
     )
+    return insert_rows(conn, t.artifacts, tuple(rows[0]), rows, into=insert, created=now())
 
 
 def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | None) -> None:
@@ -234,18 +246,19 @@ def _fail(conn: sa.Connection, failed: Sequence[StepFailed], batch_id: int | Non
     welcome_back(conn, [result.step_id for result in failed if result.retry_in is not None])
 
 
-def _settle_uploads(conn: sa.Connection, done: Sequence[StepDone], failed: Pairs) -> None:
+def _settle_uploads(done: Sequence[StepDone], failed: Pairs) -> list[sa.Update]:
     """Of a done step the uploads of its outputs are committed; everything else that was announced is an orphan."""
     kept = sorted({output.artifact.uri for result in done for output in result.outputs})
     finished = [result.step_id for result in done]
     pairs = [(result.step_id, result.token) for result in done] + list(failed)
-    if pairs:
-        committed = sa.and_(among(UPLOADS.uri, kept), among(UPLOADS.step_id, finished))
-        conn.execute(
-            sa.update(t.uploads)
-            .where(pair_in(UPLOADS.step_id, UPLOADS.token, pairs))
-            .values(state=sa.case((committed, "committed"), else_="orphaned"))
-        )
+    if not pairs:
+        return []
+    committed = sa.and_(among(UPLOADS.uri, kept), among(UPLOADS.step_id, finished))
+    return [
+        sa.update(t.uploads)
+        .where(pair_in(UPLOADS.step_id, UPLOADS.token, pairs))
+        .values(state=sa.case((committed, "committed"), else_="orphaned"))
+    ]
 
 
 def _fence(conn: sa.Connection, stale: Pairs) -> set[tuple[int, int]]:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
-from kontext_batch.lineage.sql import among, now, now_plus, stored_text
+from kontext_batch.lineage.sql import among, now, now_plus, rows_of, stored_text
 from kontext_batch.ports import Artifact, PendingDelivery, SettledDelivery
 
 DELIVERIES = t.deliveries.c
@@ -25,14 +25,15 @@ def claim_deliveries(
 ) -> list[PendingDelivery]:
     free = sa.or_(DELIVERIES.claimed_until.is_(None), DELIVERIES.claimed_until <= now())
     query = _pending(run_id, limit).where(free).with_for_update(skip_locked=True, key_share=True, of=t.deliveries)
-    found = [_delivery(row) for row in conn.execute(query)]
-    if found:
-        conn.execute(
-            sa.update(t.deliveries)
-            .where(among(DELIVERIES.id, [each.id for each in found]))
-            .values(claimed_by=worker_id, claimed_until=now_plus(seconds))
-        )
-    return found
+    claim = sa.update(t.deliveries).values(claimed_by=worker_id, claimed_until=now_plus(seconds))
+    if conn.dialect.name == "postgresql":  # in one round trip
+        found = query.cte("found")
+        claimed = claim.where(DELIVERIES.id.in_(sa.select(found.c.id))).cte("claimed")
+        return [_delivery(row) for row in conn.execute(sa.select(found).add_cte(claimed).order_by(found.c.id))]
+    rows = conn.execute(query).all()
+    if rows:
+        conn.execute(claim.where(among(DELIVERIES.id, [row.id for row in rows])))
+    return [_delivery(row) for row in rows]
 
 
 def _pending(run_id: int | None, limit: int) -> sa.Select[Any]:
@@ -56,21 +57,19 @@ def settle_deliveries(
     brought = sa.select(outputs.sha256).where(outputs.step_id == DELIVERIES.step_id, outputs.slot == "image")
     arrived = [each for each in settled if each.error is None]
     failed = [each for each in settled if each.error is not None]
-    which = sa.and_(DELIVERIES.id == sa.bindparam("delivery"), DELIVERIES.state == "pending")
     free: dict[str, Any] = {"claimed_by": None, "claimed_until": None}
     if arrived:
-        conn.execute(
-            sa.update(t.deliveries)
-            .where(which)
-            .values(
-                state=sa.bindparam("ends"),
-                sha256=brought.scalar_subquery(),
-                delivered_path=sa.bindparam("place"),
-                version=sa.bindparam("number"),
-                delivered=now(),
-                error=sa.bindparam("why"),
-                **free,
-            ),
+        types = {
+            "delivery": DELIVERIES.id.type,
+            "ends": sa.Text(),
+            "place": sa.Text(),
+            "number": sa.Integer(),
+            "why": sa.Text(),
+        }
+        ends = rows_of(
+            conn,
+            "ends",
+            types,
             [
                 {
                     "delivery": each.id,
@@ -82,9 +81,24 @@ def settle_deliveries(
                 for each in arrived
             ],
         )
+        conn.execute(
+            sa.update(t.deliveries)
+            .where(DELIVERIES.id == ends.c.delivery, DELIVERIES.state == "pending")
+            .values(
+                state=ends.c.ends,
+                sha256=brought.correlate(t.deliveries).scalar_subquery(),
+                delivered_path=ends.c.place,
+                version=ends.c.number,
+                delivered=now(),
+                error=ends.c.why,
+                **free,
+            )
+        )
     if failed:
         conn.execute(
-            sa.update(t.deliveries).where(which).values(state="failed", error=sa.bindparam("why"), **free),
+            sa.update(t.deliveries)
+            .where(DELIVERIES.id == sa.bindparam("delivery"), DELIVERIES.state == "pending")
+            .values(state="failed", error=sa.bindparam("why"), **free),
             [{"delivery": each.id, "why": stored_text(each.error or "")} for each in failed],
         )
     if back:

@@ -44,7 +44,7 @@ def open_database(url: str) -> sa.Engine:
         if parsed.drivername in ("postgresql", "postgres"):
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.get_backend_name() == "postgresql":
-            return sa.create_engine(parsed, json_serializer=canonical_json, pool_pre_ping=True)
+            return sa.create_engine(parsed, json_serializer=canonical_json)
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
             engine = sa.create_engine(
                 parsed,
@@ -125,12 +125,17 @@ def _transact(
     engine: sa.Engine, work: Callable[Concatenate[sa.Connection, P], T], *args: P.args, **kwargs: P.kwargs
 ) -> T:
     for attempt in range(TRIES):
+        worked = False
         try:
             with engine.begin() as conn:
-                return work(conn, *args, **kwargs)
+                result = work(conn, *args, **kwargs)
+                worked = True
+            return result
         except exc.DBAPIError as error:
             if attempt < TRIES - 1 and _sqlstate(error) in (_DEADLOCK, _NOT_SERIALIZABLE):
                 continue
+            if attempt == 0 and error.connection_invalidated and not worked:
+                continue  # it broke while nobody used it; the pool has thrown away the others of its age too
             translated = translate(error)
             if translated is None:
                 raise
@@ -153,6 +158,18 @@ def lock_graph(conn: sa.Connection, *, alone: bool) -> None:
     if conn.dialect.name == "postgresql":
         lock = "pg_advisory_xact_lock" if alone else "pg_advisory_xact_lock_shared"
         conn.exec_driver_sql(f"SELECT {lock}({_GRAPH_LOCK})")
+
+
+def graph_locked(dialect: str) -> list[sa.ColumnElement[bool]]:
+    """`lock_graph(alone=False)` as a condition of a transaction's first statement, for one round trip less.
+
+    PostgreSQL evaluates it before it reads a row, but after it has chosen what the statement may see: only rows that
+    the statement locks are sure to be the newest. Those of later statements are.
+    """
+    if dialect != "postgresql":
+        return []
+    locked = sa.literal_column(f"(SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})::text)", sa.Text)
+    return [locked.is_not(None)]
 
 
 def _sqlstate(error: exc.DBAPIError) -> str | None:

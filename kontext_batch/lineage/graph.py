@@ -6,11 +6,14 @@ Each keeps what `verify` checks: a blocked step's `deps_left` is the number of i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import among, exists, in_state, now, pair_in
+from kontext_batch.lineage.sql import among, among_later, exists, in_state, now, pair_in
 from kontext_batch.planning.states import LIVE, OPEN_RUNS, RunState, StepState
 
 STEPS = t.steps.c
@@ -18,9 +21,18 @@ STEPS = t.steps.c
 
 def free_children(conn: sa.Connection, done: Sequence[int]) -> dict[str, int]:
     """Count `done` steps off their blocked children; returns lane -> number of those that became ready."""
+    woken: dict[str, int] = {}
+    for row in conn.execute(_count_off(conn.dialect.name), {"done": list(done)}):
+        if row.state == StepState.READY:
+            woken[row.lane] = woken.get(row.lane, 0) + 1
+    return woken
+
+
+@cache
+def _count_off(dialect: str) -> ReturningUpdate[Any]:
     waiting = (
         sa.select(t.edges.c.child, sa.func.count(t.edges.c.parent.distinct()).label("freed"))
-        .where(among(t.edges.c.parent, done))
+        .where(among_later(t.edges.c.parent, "done"))
         .group_by(t.edges.c.child)
         .subquery("waiting")
     )
@@ -35,20 +47,16 @@ def free_children(conn: sa.Connection, done: Sequence[int]) -> dict[str, int]:
         )
         .returning(STEPS.lane, STEPS.state)
     )
-    if conn.dialect.name == "postgresql":  # commits that share children lock them in one order
+    if dialect == "postgresql":  # commits that share children lock them in one order
         locked = (
             sa.select(STEPS.id)
-            .where(STEPS.id.in_(sa.select(t.edges.c.child).where(among(t.edges.c.parent, done))))
+            .where(STEPS.id.in_(sa.select(t.edges.c.child).where(among_later(t.edges.c.parent, "done"))))
             .order_by(STEPS.id)
             .with_for_update(key_share=True)
             .cte("locked")
         )
         update = update.where(STEPS.id == locked.c.id)
-    woken: dict[str, int] = {}
-    for row in conn.execute(update):
-        if row.state == StepState.READY:
-            woken[row.lane] = woken.get(row.lane, 0) + 1
-    return woken
+    return update
 
 
 def skip_below(conn: sa.Connection, unsuccessful: Sequence[int]) -> int:

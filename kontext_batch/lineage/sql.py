@@ -6,7 +6,7 @@ The clock is the database's: `now()` and `now_plus()` are evaluated in the state
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -154,8 +154,16 @@ class _Among(FunctionElement[Any]):
 
 def among(column: sa.ColumnElement[Any], values: Iterable[Any]) -> _Among:
     """`column IN values`, for lists of any length in one parameter and one statement text."""
-    item = "bigint" if isinstance(column.type, sa.Integer) else "text"
-    return _Among(column, sa.bindparam(None, list(values), type_=ListOf(item), unique=True))
+    return _Among(column, sa.bindparam(None, list(values), type_=_list_of(column), unique=True))
+
+
+def among_later(column: sa.ColumnElement[Any], name: str) -> _Among:
+    """`among`, of a statement that is made once: the values come as the parameter `name`, a list."""
+    return _Among(column, sa.bindparam(name, type_=_list_of(column)))
+
+
+def _list_of(column: sa.ColumnElement[Any]) -> ListOf:
+    return ListOf("bigint" if isinstance(column.type, sa.Integer) else "text")
 
 
 @compiles(_Among, "postgresql")
@@ -194,6 +202,56 @@ def in_state(column: sa.ColumnElement[Any], *states: StepState) -> sa.ColumnElem
 
 
 # ---------------------------------------------------------------------------------------------------------- bulk
+
+
+def rows_of(
+    conn: sa.Connection, name: str, columns: Mapping[str, TypeEngine[Any]], rows: Sequence[Mapping[str, Any]]
+) -> sa.FromClause:
+    """`rows` to select from, in one parameter and one statement text, however many they are."""
+    given = sa.bindparam(None, [dict(row) for row in rows], type_=sa.JSON(), unique=True)
+    if conn.dialect.name == "postgresql":
+        listed = [sa.column(column, kind) for column, kind in columns.items()]
+        return sa.func.json_to_recordset(given).table_valued(*listed).render_derived(name=name, with_types=True)
+    each = sa.func.json_each(given).table_valued("value", name=f"{name}_json")
+    picked = [
+        sa.func.json_extract(each.c.value, sa.literal_column(f"'$.{column}'"), type_=kind).label(column)
+        for column, kind in columns.items()
+    ]
+    return sa.select(*picked).subquery(name)
+
+
+def insert_rows(
+    conn: sa.Connection,
+    table: sa.Table,
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    into: sa.Insert | None = None,
+    **values: sa.ColumnElement[Any],
+) -> sa.Insert:
+    """An insert of `rows`, and of `values` in each, that can be one of several in `execute_all`.
+
+    `into`: an insert of the dialect, for its ON CONFLICT.
+    """
+    given = rows_of(conn, f"new_{table.name}", {column: table.c[column].type for column in columns}, rows)
+    picked = sa.select(*(given.c[column] for column in columns), *values.values())
+    if into is not None:  # SQLite would read its ON as that of a join
+        picked = picked.where(sa.true())
+    insert = sa.insert(table) if into is None else into
+    return insert.from_select([*columns, *values], picked, include_defaults=False)
+
+
+def execute_all(conn: sa.Connection, statements: Sequence[sa.Insert | sa.Update]) -> None:
+    """Statements none of which reads what another writes: one round trip on PostgreSQL, in no order."""
+    if conn.dialect.name != "postgresql":
+        for each in statements:
+            conn.execute(each)
+        return
+    if not statements:
+        return
+    *others, last = statements
+    parts = [each.cte(f"part_{number}") for number, each in enumerate(others)]
+    conn.execute(last.add_cte(*parts))
 
 
 def bulk_insert(conn: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -34,7 +34,7 @@ from kontext_batch.ports import (
     WakeUps,
     WorkerInfo,
 )
-from kontext_batch.services.deliver import deliver_pending
+from kontext_batch.services.deliver import AT_ONCE, deliver_pending
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.limits import Limits, enforce
 from kontext_batch.services.maintain import collect_garbage, reconcile
@@ -129,6 +129,8 @@ class Worker:
     orders_seconds: float = ORDERS_SECONDS
     on_drain: Callable[[], None] | None = None
     """Called when it is told to drain, from the heartbeat's thread."""
+    owed: int = 0
+    """Deliveries that this worker's commits have made possible since it last looked for some."""
 
     @property
     def ending(self) -> bool:
@@ -211,8 +213,10 @@ class Worker:
         found, again, look_again = False, True, 0.0
         with self.pulse.working():
             while again and not self.ending:
-                worked = self.work_once(ring=not found)
-                again = self.deliver() > 0 or worked
+                again = self.work_once(ring=not found)
+                # A look for deliveries costs as much as a step or two, so that it waits until there are many.
+                if not again or self.owed >= AT_ONCE or time.monotonic() >= look_again:
+                    again = self.deliver() > 0 or again
                 found = found or again
                 if not again or time.monotonic() >= look_again:
                     look_again = time.monotonic() + LOOK_SECONDS
@@ -227,6 +231,7 @@ class Worker:
         """Bring some of what is finished, where that is this worker's business; returns how many are settled."""
         if not self.turns.serves(OPERATIONS_LANE):
             return 0  # a GPU does not wait for a store
+        self.owed = 0
         return deliver_pending(
             self.repository,
             self.store,
@@ -308,6 +313,7 @@ class Worker:
         lanes = {
             lane: count - self.batch_rows if self.turns.serves(lane) else count for lane, count in report.woken.items()
         }
+        self.owed += report.deliverable
         if report.deliverable and not self.turns.serves(OPERATIONS_LANE):
             lanes[OPERATIONS_LANE] = max(lanes.get(OPERATIONS_LANE, 0), report.deliverable)
         lanes = {lane: count for lane, count in lanes.items() if count > 0}

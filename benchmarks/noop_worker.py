@@ -1,0 +1,30 @@
+"""A worker as `kontext-batch workers start` makes it, that computes nothing: `python -m benchmarks.noop_worker`.
+
+Its child imports this module for the tasks, and with them what stands in for model, pictures and store.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import noop
+from kontext_batch import bootstrap, editor
+from kontext_batch.bootstrap import application
+from kontext_batch.observability import set_up_logging
+from kontext_batch.settings import load_settings
+from kontext_batch.workers.process import Duties
+from kontext_batch.workers.start import serve_rings
+from kontext_batch.workers.tasks import operate, wake
+
+__all__ = ["operate", "wake"]
+
+editor.EngineEditor = noop.NoEngine  # type: ignore[assignment,misc]
+application.PillowOperations = noop.NoOperations  # type: ignore[assignment,attr-defined]
+bootstrap.ObjectKeys = lambda _root: noop.URIS  # type: ignore[assignment,attr-defined,return-value]
+bootstrap.store_of = lambda *_settings: noop.CarryingStore()  # type: ignore[assignment,attr-defined]
+bootstrap.with_shipped = lambda registry, file: registry
+
+if __name__ == "__main__":
+    set_up_logging()
+    duties = Duties(workspace="kontext-out", device="cpu", edits=True, operations=True)
+    sys.exit(serve_rings(load_settings(), duties, tasks="benchmarks.noop_worker"))
