@@ -17,11 +17,13 @@ from kontext_batch.workers.tasks import operate, wake
 
 __all__ = ["operate", "wake"]
 
-editor.EngineEditor = noop.NoEngine  # type: ignore[assignment,misc]
-bootstrap.PillowOperations = noop.NoOperations  # type: ignore[attr-defined]
-bootstrap.ObjectKeys = lambda _root: noop.URIS  # type: ignore[attr-defined,return-value]
-bootstrap.open_store = lambda *_places, **_endpoint: noop.CarryingStore()  # type: ignore[attr-defined]
-bootstrap.with_shipped = lambda registry, file: registry
+vars(editor).update(EngineEditor=noop.NoEngine)
+vars(bootstrap).update(
+    PillowOperations=noop.NoOperations,
+    ObjectKeys=lambda _root: noop.URIS,
+    open_store=lambda *_places, **_endpoint: noop.CarryingStore(),
+    with_shipped=lambda registry, _file: registry,
+)
 
 if __name__ == "__main__":
     set_up_logging()

@@ -86,9 +86,9 @@ def test_the_ranking_is_asked_with_all_that_is_ready_and_leased(repository: SqlR
 
     assert claim(repository, ranking=nothing) == []
     assert told == [
-        Ready(first, "studio", 3, LANE, 1, 1),
-        Ready(first, "studio", 3, "operations", 1, 1),
-        Ready(second, "studio", 0, LANE, 0, 1),
+        Ready(first, "studio", 3, LANE, 1, 1, "r.yaml"),
+        Ready(first, "studio", 3, "operations", 1, 1, "r.yaml"),
+        Ready(second, "studio", 0, LANE, 0, 1, "r.yaml"),
     ]
 
 
