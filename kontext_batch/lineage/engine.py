@@ -44,7 +44,9 @@ def open_database(url: str) -> sa.Engine:
         if parsed.drivername in ("postgresql", "postgres"):
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.get_backend_name() == "postgresql":
-            return sa.create_engine(parsed, json_serializer=canonical_json)
+            # No prepared statements: their plans are kept from when the tables were small, and a step costs more and
+            # more. It also lets any pooler stand between.
+            return sa.create_engine(parsed, json_serializer=canonical_json, connect_args={"prepare_threshold": None})
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
             engine = sa.create_engine(
                 parsed,
