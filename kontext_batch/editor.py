@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from kontext_batch.errors import OutOfMemory, SettingsError, StepError
+from kontext_batch.errors import InfrastructureError, OutOfMemory, SettingsError, StepError
 from kontext_batch.operations.pictures import encode_png, open_picture
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture, OnStep
 
@@ -202,6 +202,12 @@ class EngineEditor:
 
         wanted = (str(params["model"]), str(params["numeric_mode"]))
         adapters = tuple((str(each["name"]), float(each["scale"])) for each in params["adapters"])
+        for kind, known, name in [("model", self.models, wanted[0])] + [
+            ("adapter", self.adapters, name) for name, _ in adapters
+        ]:
+            if name not in known:  # somebody has registered it elsewhere, or since: another worker may know it
+                add = f"`kontext-batch {kind}s add {name} ...` there, and start it again"
+                raise InfrastructureError(f"{kind} '{name}' is not registered on this worker: {add}")
         try:
             if self._loaded != wanted or self._engine is None:
                 self._engine, self._adapted = None, ()

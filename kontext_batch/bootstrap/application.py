@@ -68,7 +68,7 @@ class Application:
     """Of the workspace, whether it is there yet or not."""
     aside: TemporaryDirectory[str] | None = None
     admitted: set[str] = field(default_factory=set)
-    """URIs of recipes whose folders the store may use besides those it was opened with."""
+    """URIs of the folders of recipes that the store may use besides those it was opened with."""
 
     def settle(self, looked_at: Iterable[str] = ()) -> None:
         """Make the workspace unless it is there: from here on there is something to keep.
@@ -150,10 +150,10 @@ class Application:
 
     def admit(self, sources: Iterable[str]) -> None:
         """Let the store use the folders that these recipes lie in, as it does for the recipe of a command."""
-        new = {uri for uri in sources if uri.startswith("file:")} - self.admitted
+        folders = {uri.rpartition("/")[0] for uri in sources if uri.startswith("file:")}
+        new = folders - self.admitted
         if new:
-            folders = {Path(file_path(uri)).parent.resolve() for uri in new}
-            self.store.allow_folders(sorted(map(file_uri, folders)))
+            self.store.allow_folders(sorted(file_uri(Path(file_path(uri)).resolve()) for uri in new))
             self.admitted |= new
 
     def worker(self, *, edits: bool = True, operations: bool = True, device: str | None = None) -> Worker:

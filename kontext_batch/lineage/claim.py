@@ -32,6 +32,8 @@ from kontext_batch.ports import (
 from kontext_batch.services.turns import Turns
 
 STEPS = t.steps.c
+SILENT_SECONDS = 900.0
+"""After which a worker counts as gone, wherever it was; its leases have run out long before."""
 IMAGE, LATENTS = "image", "latents"
 _CAP_LOCK = 0x6B6F6E76
 """Of claims that keep to caps: what one of them counts, no other may change meanwhile."""
@@ -306,7 +308,7 @@ def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float) -> 
     extended = conn.execute(
         sa.update(t.steps).where(STEPS.id.in_(held)).values(lease_until=now_plus(lease_seconds))
     ).rowcount
-    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(heartbeat=now()))
+    conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(heartbeat=now(), retired=None))
     return extended
 
 
@@ -344,6 +346,7 @@ def reconcile(conn: sa.Connection, *, gone_workers: Iterable[str], max_losses: i
     conn.execute(
         sa.update(t.workers).where(among(t.workers.c.id, gone), t.workers.c.retired.is_(None)).values(retired=now())
     )
+    conn.execute(sa.update(t.workers).where(_silent()).values(retired=now()))
     if gone:
         free_deliveries(conn, gone)
     if not lost:
@@ -374,7 +377,13 @@ def anything_overdue(conn: sa.Connection, *, gone_workers: Iterable[str]) -> boo
     return (
         conn.execute(_overdue(gone).limit(1)).first() is not None
         or conn.execute(unretired.limit(1)).first() is not None
+        or conn.execute(sa.select(t.workers.c.id).where(_silent()).limit(1)).first() is not None
     )
+
+
+def _silent() -> sa.ColumnElement[bool]:
+    """Workers of other hosts that died without a goodbye; one that comes to is known again by its next heartbeat."""
+    return sa.and_(t.workers.c.retired.is_(None), t.workers.c.heartbeat <= now_plus(-SILENT_SECONDS))
 
 
 def _overdue(gone: Sequence[str]) -> sa.Select[Any]:

@@ -319,9 +319,14 @@ class SqlRepository:
         return self._db.write(deliveries.claim_deliveries, worker_id, limit=limit, seconds=seconds, run_id=run_id)
 
     def settle_deliveries(
-        self, worker_id: str, settled: Sequence[SettledDelivery], *, back: Sequence[int] = ()
+        self,
+        worker_id: str,
+        settled: Sequence[SettledDelivery],
+        *,
+        back: Sequence[int] = (),
+        later: Sequence[int] = (),
     ) -> None:
-        self._db.write(deliveries.settle_deliveries, worker_id, settled, back)
+        self._db.write(deliveries.settle_deliveries, worker_id, settled, back, later)
 
     def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
         return self._db.read(deliveries.newer_delivery, run_id, path)

@@ -142,6 +142,9 @@ def _move(conn: sa.Connection, run_id: int, old: RunState, new: RunState, *, rea
     ).rowcount
     if moved:
         charge(conn, _live(conn, run_id))
+        if new is RunState.RUNNING:  # they could not be claimed before: they wait from now on
+            ready = sa.and_(STEPS.run_id == run_id, in_state(STEPS.state, StepState.READY))
+            conn.execute(sa.update(t.steps).where(ready).values(ready_since=now()))
     return bool(moved)
 
 
@@ -163,9 +166,14 @@ def finishable(conn: sa.Connection) -> list[int]:
         .correlate(t.runs)
         .scalar_subquery()
     )
+    # Most open runs have live steps on their own account, which an index tells at once; only the others are asked for
+    # steps that they share.
+    own = exists(STEPS.run_id == RUNS.id, in_state(STEPS.state, *LIVE), outer=t.runs)
     pending = exists(DELIVERIES.run_id == RUNS.id, DELIVERIES.state == "pending", outer=t.runs)
-    query = sa.select(RUNS.id).where(open_run(), live.is_(None), sa.not_(pending))
-    return list(conn.scalars(query.order_by(RUNS.id)))
+    idle = list(conn.scalars(sa.select(RUNS.id).where(open_run(), sa.not_(own), sa.not_(pending))))
+    if not idle:
+        return []
+    return list(conn.scalars(sa.select(RUNS.id).where(among(RUNS.id, idle), live.is_(None)).order_by(RUNS.id)))
 
 
 def finish_runs(conn: sa.Connection) -> list[tuple[int, RunState]]:

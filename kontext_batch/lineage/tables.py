@@ -103,6 +103,7 @@ _partial(
 _partial("ix_steps_leased", steps.c.lease_owner, where=in_state(steps.c.state, StepState.LEASED))
 _partial("ix_steps_failed", steps.c.run_id, where=in_state(steps.c.state, StepState.FAILED, StepState.QUARANTINED))
 _partial("ix_steps_live", steps.c.id, where=in_state(steps.c.state, *LIVE))
+_partial("ix_steps_account", steps.c.run_id, steps.c.id, where=in_state(steps.c.state, *LIVE))
 
 # Apart from `steps`: that row is rewritten with each move and read by the hundred thousand, so it stays small.
 step_params = sa.Table(
@@ -288,6 +289,8 @@ deliveries = sa.Table(
 )
 _held = deliveries.c.claimed_by.is_not(None)
 sa.Index("ix_deliveries_claimed", deliveries.c.claimed_by, sqlite_where=_held, postgresql_where=_held)
+_pending = deliveries.c.state == sa.literal_column("'pending'")
+sa.Index("ix_deliveries_pending", deliveries.c.id, sqlite_where=_pending, postgresql_where=_pending)
 
 inputs = sa.Table(
     "inputs",

@@ -1,6 +1,6 @@
 """The Celery app. A message is only a wake-up: all state is in SQL, so nothing here has to survive.
 
-That is why messages are acknowledged early, expire, carry a lane's name and no more, and have no results: what a dead
+That is why messages are acknowledged early, carry a lane's name and no more, and have no results: what a dead
 worker held comes back by its lease, and a lost ring is rung again by the beat (DESIGN.md section 3).
 """
 
@@ -17,8 +17,6 @@ from kontext_batch.errors import InfrastructureError, SettingsError
 
 WAKE, OPERATE = "kontext_batch.wake", "kontext_batch.operate"
 """Names of the two tasks: a lane of a model has work; Pillow operations have."""
-MESSAGE_SECONDS = 30
-"""A ring that nobody took by then is dropped: the beat has rung again."""
 BROKER_ERRORS = (OperationalError, AMQPError, OSError)
 """What a broker that is not there, or refuses, ends a call with."""
 START_SECONDS = 60.0

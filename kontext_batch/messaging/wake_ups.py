@@ -8,11 +8,13 @@ import structlog
 from celery import Celery
 from kombu import Connection, Producer
 
-from kontext_batch.messaging.app import BROKER_ERRORS, MESSAGE_SECONDS, OPERATE, WAKE
+from kontext_batch.messaging.app import BROKER_ERRORS, OPERATE, WAKE
 from kontext_batch.planning.plan import OPERATIONS_LANE
 
 log = structlog.get_logger(__name__)
 
+MOST_WAITING = 64
+"""Rings of a lane's queue that wait to be taken; more would only be answered later."""
 MOST_RINGS = 8
 """For one lane at once. Each worker that finds more than it can take rings one more, so that all are soon awake."""
 
@@ -32,14 +34,23 @@ class CeleryWakeUps:
         for lane, steps in lanes.items():
             name = OPERATE if lane == OPERATIONS_LANE else WAKE
             try:
-                for _ in range(min(MOST_RINGS, -(-steps // self._batch_rows))):
-                    self._app.send_task(
-                        name, args=[lane], expires=MESSAGE_SECONDS, ignore_result=True, producer=self._connected()
-                    )
+                producer = self._connected()
+                room = MOST_WAITING - self._waiting(name)
+                for _ in range(min(MOST_RINGS, room, -(-steps // self._batch_rows))):
+                    self._app.send_task(name, args=[lane], ignore_result=True, producer=producer)
             except BROKER_ERRORS as error:
                 self._disconnect()
                 log.warning("workers could not be rung; the beat rings again", lane=lane, error=str(error))
                 return
+
+    def _waiting(self, name: str) -> int:
+        """Rings that nobody has taken yet. They do not expire: that would be by the clock of whoever takes them."""
+        assert self._connection is not None
+        routes, usual = self._app.conf.task_routes, self._app.conf.task_default_queue
+        queue = routes.get(name, {}).get("queue", usual)
+        channel = self._connection.default_channel
+        declared = channel.queue_declare(queue=queue, durable=True, exclusive=False, auto_delete=False)  # type: ignore[attr-defined]
+        return int(declared.message_count)
 
     def close(self) -> None:
         """Give the connection to the broker back."""

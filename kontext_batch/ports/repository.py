@@ -357,9 +357,17 @@ class Repository(Protocol):
         ...
 
     def settle_deliveries(
-        self, worker_id: str, settled: Sequence[SettledDelivery], *, back: Sequence[int] = ()
+        self,
+        worker_id: str,
+        settled: Sequence[SettledDelivery],
+        *,
+        back: Sequence[int] = (),
+        later: Sequence[int] = (),
     ) -> None:
-        """How deliveries ended; what somebody else has settled stays. `back`: claimed, and not brought after all."""
+        """How deliveries ended; what somebody else has settled stays.
+
+        `back`: claimed, and not brought after all; `later`: likewise, and nobody is to try it at once.
+        """
         ...
 
     def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:

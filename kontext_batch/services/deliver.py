@@ -54,12 +54,14 @@ def deliver_pending(
     run_id: int | None = None,
     content_filter: ContentFilter | None = None,
     admit: Callable[[Iterable[str]], None] | None = None,
+    patient: bool = False,
     on_delivery: Callable[[], None] = lambda: None,
 ) -> int:
     """Deliver what is finished and claimed by nobody else, up to `AT_ONCE` images; returns how many are settled.
 
     A delivery that cannot be made, or that the content filter does not allow, is recorded as failed. Raises
     `InfrastructureError` (a full disk, a store that does not answer) with the rest still pending.
+    `patient`: nothing is raised; what a place does not take now is tried again later, and the others' goes on.
     `admit`: told of the recipes of what is claimed, whose places are about to be used.
     `on_delivery` is called before each.
     """
@@ -69,15 +71,23 @@ def deliver_pending(
     if admit is not None:
         admit({each.source for each in claimed})
     settled: list[SettledDelivery] = []
+    later: dict[int, str] = {}
     told = 0
     try:
         for delivery in claimed:
+            if place_of(delivery.path) in later.values():
+                later[delivery.id] = place_of(delivery.path)
+                continue
             on_delivery()
             try:
                 placed = _placed(repository, store, delivery, content_filter)
             except KontextBatchError as error:
                 if isinstance(error, InfrastructureError) and not isinstance(error, StorageReadOnly):
-                    raise  # the next would meet the same; what is pending stays so, and the same command goes on
+                    if not patient:
+                        raise  # what is pending stays so, and the same command goes on
+                    log.warning("delivery put off", path=delivery.path, run=delivery.run_id, error=str(error))
+                    later[delivery.id] = place_of(delivery.path)
+                    continue
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
                 settled.append(SettledDelivery(delivery.id, error=str(error)))
                 metrics.DELIVERIES.labels("failed").inc()
@@ -89,9 +99,16 @@ def deliver_pending(
                     told = len(settled)
     finally:
         if told < len(claimed):
-            back = [each.id for each in claimed[len(settled) :]]
-            repository.settle_deliveries(worker_id, settled[told:], back=back)
+            ended = {each.id for each in settled} | later.keys()
+            back = [each.id for each in claimed if each.id not in ended]
+            repository.settle_deliveries(worker_id, settled[told:], back=back, later=list(later))
     return len(settled)
+
+
+def place_of(path: str) -> str:
+    """What answers or does not answer as one: the bucket, or the disk."""
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def _placed(

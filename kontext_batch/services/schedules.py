@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from kontext_batch.errors import InfrastructureError, KontextBatchError, LeaseLost, PlanRefused
+from kontext_batch.errors import InfrastructureError, KontextBatchError, LeaseLost, PlanRefused, SettingsError
 from kontext_batch.planning.schedules import ClaimedFire, Overlap, stop_moment
 from kontext_batch.ports import Repository, WakeUps
 from kontext_batch.services.prepare import Planner, submit
@@ -53,7 +53,7 @@ class Scheduler:
             ready = self.planner(schedule.recipe).from_recipe(schedule.recipe, shown=schedule.recipe)
             if ready.refusals:
                 raise PlanRefused(ready.refusals)
-        except InfrastructureError as error:
+        except (InfrastructureError, SettingsError) as error:  # not the recipe's fault, and mended by somebody
             log.warning("schedule could not be planned; tried again later", schedule=schedule.name, error=str(error))
             return None
         except KontextBatchError as error:

@@ -50,6 +50,11 @@ class Turns:
 
     def __call__(self, ready: Sequence[Ready]) -> list[Share]:
         self._owners = {each.run_id: each.owner for each in ready}
+        if len(self._served) > 4 * len(ready) + 1000:  # of runs and lanes that are over
+            known: set[tuple[str, str | int]] = {("owner", each.owner) for each in ready}
+            known |= {("lane", each.lane) for each in ready}
+            known |= {("run", each.run_id) for each in ready}
+            self._served = {name: turn for name, turn in self._served.items() if name in known}
         served = [each for each in ready if self.serves(each.lane)]
         return [
             Share(

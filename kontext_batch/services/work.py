@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from kontext_batch.errors import NotAllowed, StorageFull, StorageReadOnly
+from kontext_batch.errors import InfrastructureError, NotAllowed, StorageFull, StorageReadOnly
 from kontext_batch.observability import metrics
 from kontext_batch.observability.health import Pulse
 from kontext_batch.observability.logs import about_batch
@@ -48,6 +48,9 @@ IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 TURN_SECONDS = 20.0
 """How long a worker goes on after one ring; then it rings for the rest, and Celery sees that it is alive."""
+RETRY_SECONDS = 1.0
+FULL_SECONDS = 60.0
+"""Pause of a worker whose results the store does not take."""
 ORDERS_SECONDS = 3.0
 """Between two looks at what this worker is told: how long a cancelled batch, at most, goes on."""
 
@@ -127,6 +130,8 @@ class Worker:
     orders: Orders = field(default_factory=Orders)
     """What the heartbeat has found that this worker is told."""
     orders_seconds: float = ORDERS_SECONDS
+    full_seconds: float = FULL_SECONDS
+    _telling: threading.Lock = field(default_factory=threading.Lock)
     on_drain: Callable[[], None] | None = None
     """Called when it is told to drain, from the heartbeat's thread."""
     owed: int = 0
@@ -143,8 +148,10 @@ class Worker:
         threading.Thread(target=self._end, args=(grace_seconds,), name="end", daemon=True).start()
 
     def _end(self, grace_seconds: float) -> None:
-        if not self.draining.is_set():
+        with self._telling:
+            first = not self.draining.is_set()
             self.draining.set()
+        if first:
             self.stopping.wait(grace_seconds)
         self.stopping.set()
 
@@ -200,9 +207,38 @@ class Worker:
         """Work on every running run until told to end, looking for work all the time: there is nobody to ring."""
         with self.registered():
             while not self.ending:
-                reconcile(self.repository)
-                if not self.turn():
-                    self.stopping.wait(IDLE_SECONDS)
+                if not self.turn_through_outages():
+                    self.draining.wait(IDLE_SECONDS)
+
+    def turn_through_outages(self) -> bool:
+        """`turn`, after the leases of workers that are gone were returned; an outage breaks it off and no more.
+
+        What it held is given back. Anything else that is raised is no outage: the process had better end, so that its
+        leases are counted as lost.
+        """
+        try:
+            reconcile(self.repository)
+            return self.turn()
+        except (StorageFull, StorageReadOnly, NotAllowed) as error:
+            # The same would be computed again, and have nowhere to go.
+            log.error("the store takes nothing; waiting", error=str(error), seconds=self.full_seconds)
+            self._give_back()
+            self.draining.wait(self.full_seconds)
+        except InfrastructureError as error:
+            log.error("turn broken off; tried again", error=str(error))
+            self._give_back()
+            self.draining.wait(RETRY_SECONDS)
+        return False
+
+    def _give_back(self) -> None:
+        """What the turn held, whatever time it takes: the heart of this process beats on, so no lease would run out."""
+        while not self.stopping.is_set():
+            try:
+                return self.repository.release_all(self.info.id)
+            except InfrastructureError as error:
+                log.warning("leases could not be given back yet", error=str(error))
+                self.stopping.wait(RETRY_SECONDS)
+        return None
 
     def turn(self, *, seconds: float = TURN_SECONDS) -> bool:
         """Compute and deliver until nothing more is found, or for so long; says whether anything was.
@@ -239,6 +275,7 @@ class Worker:
             run_id=run_id,
             content_filter=self.content_filter,
             admit=self.admit,
+            patient=run_id is None,
             on_delivery=self.pulse.beat,
         )
 
@@ -319,10 +356,6 @@ class Worker:
         lanes = {lane: count for lane, count in lanes.items() if count > 0}
         if lanes:
             self.wake_ups.wake(lanes)
-
-    def give_back(self) -> None:
-        """What this worker still holds is for others: the turn that held it was broken off."""
-        self.repository.release_all(self.info.id)
 
     def _heartbeat(self) -> Heartbeat:
         def obey(orders: Orders) -> None:

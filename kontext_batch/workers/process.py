@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +20,8 @@ import structlog
 from celery import current_app, signals
 
 from kontext_batch.bootstrap import open_application
-from kontext_batch.errors import InfrastructureError, StorageFull, StorageReadOnly
+from kontext_batch.errors import InfrastructureError, SettingsError
 from kontext_batch.observability import hide_password, set_up_logging
-from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings, load_settings
 
@@ -30,8 +29,6 @@ log = structlog.get_logger(__name__)
 
 DUTIES = "kontext_duties"
 """Name of the app's setting that brings a worker's duties to its child."""
-RETRY_SECONDS = 1.0
-FULL_SECONDS = 60.0
 END_SIGNAL = signal.SIGUSR2
 
 
@@ -61,6 +58,8 @@ class WorkerProcess:
         self._settings, self._duties = settings, duties
         self._opened = ExitStack()
         self._worker: Worker | None = None
+        self._beginning: Worker | None = None
+        """The worker from the moment that it can be told to end."""
         self._ends = 0
 
     def open(self) -> Worker:
@@ -73,45 +72,41 @@ class WorkerProcess:
             worker = application.worker(
                 edits=self._duties.edits, operations=self._duties.operations, device=self._duties.device
             )
+            self._beginning = worker
             for _ in range(self._ends):
                 worker.end(self._settings.grace_seconds)
             worker.pulse, worker.on_drain = application.pulse(), _end_parent
-            opened.enter_context(application.served(worker.pulse, port=self._duties.metrics_port))
+            try:
+                opened.enter_context(application.served(worker.pulse, port=self._duties.metrics_port))
+            except SettingsError as error:  # another worker of this host has the port: no reason not to work
+                log.error("metrics and health are not served", error=str(error))
             opened.enter_context(worker.registered())
-            reconcile(worker.repository)  # what this worker's last child held is free at once
             self._opened, self._worker = opened.pop_all(), worker
         return worker
 
     def turn(self) -> None:
-        """Work until nothing is ready. A fault of database or store is logged: what was held comes back."""
-        try:
-            self.open().turn()
-        except (StorageFull, StorageReadOnly) as error:
-            # The next ring would compute the same again, and have nowhere to put it.
-            log.error("the store takes nothing; waiting", error=str(error), seconds=FULL_SECONDS)
-            self._give_back()
-            if self._worker is not None:
-                self._worker.draining.wait(FULL_SECONDS)
-        except InfrastructureError as error:
-            log.error("turn broken off; the next ring tries again", error=str(error))
-            self._give_back()
+        """Work until nothing is ready, through outages of database and store.
 
-    def _give_back(self) -> None:
-        """What the turn held, whatever time it takes: the heart of this process beats on, so no lease would run out."""
-        given = False
-        while not given and self._worker is not None:
-            try:
-                self._worker.give_back()
-                given = True
-            except InfrastructureError as error:
-                log.warning("leases could not be given back yet", error=str(error))
-                time.sleep(RETRY_SECONDS)
+        Anything else ends this process: a device that has failed once fails for ever in it. Celery starts another, and
+        what was held counts as lost, so that a step that does this each time is quarantined.
+        """
+        try:
+            worker = self.open()
+        except (InfrastructureError, SettingsError) as error:
+            log.error("not ready yet; the next ring tries again", error=str(error))
+            return
+        try:
+            worker.turn_through_outages()
+        except Exception:
+            log.exception("this process ends, another is started")
+            sys.stderr.flush()
+            os._exit(1)
 
     def end(self, _number: int = 0, _frame: FrameType | None = None) -> None:
         """Told to end; told again, more urgently."""
         self._ends += 1
-        if self._worker is not None:
-            self._worker.end(self._settings.grace_seconds)
+        if self._beginning is not None:
+            self._beginning.end(self._settings.grace_seconds)
 
     def close(self) -> None:
         """Say goodbye, and give back what is held."""
@@ -146,8 +141,8 @@ def _start(**_: Any) -> None:
     signal.signal(END_SIGNAL, _process.end)
     try:
         _process.open()
-    except InfrastructureError as error:
-        log.error("not ready yet; the first ring tries again", error=str(error))
+    except (InfrastructureError, SettingsError) as error:  # such as a database that is not upgraded yet
+        log.error("not ready yet; the next ring tries again", error=str(error))
 
 
 @signals.worker_process_shutdown.connect

@@ -18,9 +18,15 @@ def upgrade() -> None:
     op.add_column("deliveries", sa.Column("claimed_until", TIME, nullable=True))
     held = sa.text("claimed_by IS NOT NULL")
     op.create_index("ix_deliveries_claimed", "deliveries", ["claimed_by"], sqlite_where=held, postgresql_where=held)
+    pending = sa.text("state = 'pending'")
+    op.create_index("ix_deliveries_pending", "deliveries", ["id"], sqlite_where=pending, postgresql_where=pending)
+    live = sa.text("state IN ('blocked', 'leased', 'ready')")
+    op.create_index("ix_steps_account", "steps", ["run_id", "id"], sqlite_where=live, postgresql_where=live)
 
 
 def downgrade() -> None:
+    op.drop_index("ix_steps_account", "steps")
+    op.drop_index("ix_deliveries_pending", "deliveries")
     op.drop_index("ix_deliveries_claimed", "deliveries")
     op.drop_column("deliveries", "claimed_until")
     op.drop_column("deliveries", "claimed_by")

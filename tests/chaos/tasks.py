@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kontext_batch import editor
-from kontext_batch.workers import process
+from kontext_batch.bootstrap import application
+from kontext_batch.services.work import Worker
 from kontext_batch.workers.tasks import operate, wake
 from tests.chaos.engine import ToyEngine, move_clock
 
 __all__ = ["operate", "wake"]
 
 editor.EngineEditor = ToyEngine  # type: ignore[assignment,misc]
-process.FULL_SECONDS = 2.0  # there is no time to wait for a minute
+application.Worker = partial(Worker, full_seconds=2.0)  # type: ignore[attr-defined,assignment]  # nobody has a minute here
 move_clock()
