@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kontext_batch.errors import KontextBatchError
+from kontext_batch.errors import InfrastructureError, KontextBatchError
 
 if TYPE_CHECKING:
     from kontext_batch.settings import Settings
@@ -60,6 +60,7 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
         yield Check("space", free >= LEAST_FREE, f"{free // 10**6} MB free", "make room, or run `gc`")
     if usable or settings.database_url is not None:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
+    if usable or settings.objects is not None:
         yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
     if settings.database_url is not None:
         yield _shared(settings)
@@ -78,6 +79,8 @@ def _database(url: str) -> Check:
 
     try:
         migrate.check(url)
+    except InfrastructureError as error:
+        return Check("database", False, str(error), "see that the server runs and that database_url names it")
     except KontextBatchError as error:
         return Check("database", False, str(error), "run `kontext-batch db upgrade`")
     return Check("database", True, "at this version's revision")

@@ -141,7 +141,7 @@ def retry(
     take: Annotated[bool, typer.Option("--take", help="Make pictures that are done anew, with another seed.")] = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Make failed steps again, or with --take unloved pictures, and work on them.
+    """Make failed steps again, or with --take unloved pictures, and work on them; with broker_url workers do.
 
     With --take standard output names the new files; so does `files` of the event `finished`.
 
@@ -185,6 +185,10 @@ def retry(
             _tell_again(summary, count, len(waiting), going=now.finished is None, failed=failed)
             if now.finished is not None:
                 raise typer.Exit(report(application, now, paths, as_json=as_json))
+        if application.settings.broker_url is not None:
+            application.wake_ups.wake(application.repository.waiting_lanes())
+            output.tell(f"workers compute it; `kontext-batch status {number}` says how far they are")
+            raise typer.Exit
         code = work(application, number, paths, as_json=as_json, name_files=take)
     raise typer.Exit(code)
 

@@ -182,6 +182,10 @@ def start(
         metrics_port=metrics_port,
     )
     settings = load_settings()
+    if duties.edits:  # a worker without its device would fail everybody's steps
+        from kontext_batch.editor import chosen_device
+
+        chosen_device(device or settings.device)
     if settings.broker_url is not None:
         from kontext_batch.workers.start import serve_rings
 

@@ -29,7 +29,7 @@ from kontext_batch.errors import (
 from kontext_batch.hashing import content_hash, sha256_hex
 from kontext_batch.planning import inbox, uris
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropState, NewDrop, Place
-from kontext_batch.planning.states import OPEN_RUNS, RunState
+from kontext_batch.planning.states import OPEN_RUNS, RunState, StepState
 from kontext_batch.ports import Notice, ObjectEvents, ObjectInfo, ObjectStore, Repository, WakeUps
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.services import answers
@@ -265,7 +265,8 @@ class Watcher:
 
     def _answer_run(self, drop: AnsweredDrop) -> None:
         summary = self.repository.run(drop.run_id)
-        ended = summary.state not in OPEN_RUNS
+        # A cancelled run still holds the batch in flight for a moment: the last answer tells what became of it.
+        ended = summary.state not in OPEN_RUNS and not summary.steps.get(StepState.LEASED)
         file, digest = uris.file_name(drop.uri), drop.answer
         if drop.newest and inbox.place_of(drop.uri, self.places) is not None:
             status = answers.run_status(file, summary)

@@ -130,6 +130,11 @@ def this_process() -> WorkerProcess:
     return _process
 
 
+@signals.setup_logging.connect
+def _keep_logging(**_: Any) -> None:
+    """That somebody listens keeps Celery from setting up logging of its own: each line would come twice."""
+
+
 @signals.worker_process_init.connect
 def _start(**_: Any) -> None:
     global _process
