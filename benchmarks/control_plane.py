@@ -33,6 +33,7 @@ from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.messaging.app import edits_queue, make_app
 from kontext_batch.messaging.wake_ups import CeleryWakeUps
+from kontext_batch.observability import set_up_logging
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from tests import servers
 from tests.contract.test_repository_speed import listening
@@ -375,6 +376,7 @@ def missed(result: Mapping[str, float]) -> list[str]:
 
 def main() -> int:
     """Measure, print, compare with the goals; 1 when one is missed."""
+    set_up_logging()  # what is told of each batch costs as much as the batch
     parser = command.parser(__doc__, quick=f"{QUICK:,} steps instead of {LARGE:,}")
     options = parser.parse_args()
     large = QUICK if options.quick else LARGE

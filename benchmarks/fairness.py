@@ -31,6 +31,7 @@ from benchmarks import command
 from kontext_batch.hashing import content_hash, sha256_hex
 from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.observability import set_up_logging
 from kontext_batch.planning.plan import ImageInfo, Instance, Origin, Plan, PlannedStep, StepInput
 from kontext_batch.ports import (
     Artifact,
@@ -221,6 +222,7 @@ def database(server: str | None) -> Iterator[str]:
 
 def main() -> int:
     """Measure, print, compare with the goals; 1 when one is missed."""
+    set_up_logging()  # what is told of each batch costs as much as the batch
     parser = command.parser(__doc__, quick="20,000 steps instead of 100,000")
     parser.add_argument("--postgres", metavar="URL", help="a server to make a database on; left out, SQLite")
     options = parser.parse_args()

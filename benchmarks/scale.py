@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import command
 from kontext_batch.messaging.wake_ups import MOST_RINGS
+from kontext_batch.observability import set_up_logging
 
 GOAL = 0.2
 """Most by which a prediction may differ from the measurement."""
@@ -388,6 +389,7 @@ def print_checks(costs: Costs, checks: Sequence[Timed]) -> float:
 
 def main() -> int:
     """Check, simulate, print; 1 when the simulation is further off than it may be."""
+    set_up_logging()  # what is told of each batch costs as much as the batch
     parser = command.parser(__doc__, quick="an hour of the fleet instead of four; smaller runs where it measures")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="JSON of benchmarks.control_plane")
     parser.add_argument("--measure", action="store_true", help="measure one, two and four workers here and now")

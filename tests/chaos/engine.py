@@ -1,6 +1,7 @@
 """A toy engine with set timings in place of the model: what is tried here is everything around it.
 
-What a step's prompt says happens: "poison" kills the process, "huge" runs out of memory in a batch of more than two.
+What a step's prompt says happens: "poison" kills the process, "cursed" raises what nobody foresaw, "huge" runs out of
+memory in a batch of more than two.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class ToyEngine:
         prompts = [str(job.params["prompt"]) for job in jobs]
         if any("poison" in prompt for prompt in prompts):
             os.kill(os.getpid(), signal.SIGKILL)
+        if any("cursed" in prompt for prompt in prompts):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if len(jobs) > 2 and any("huge" in prompt for prompt in prompts):
             raise OutOfMemory(f"the toy device ran out of memory with {len(jobs)} images")
         steps = max(int(job.params["steps"]) for job in jobs)

@@ -90,14 +90,17 @@ def test_a_worker_that_stood_still_past_its_lease_writes_nothing(cluster: Cluste
     assert all(each.count("ok") == 1 for each in cluster.outcomes(run_id))
 
 
-def test_a_poison_picture_is_quarantined_and_its_batch_mates_are_done(cluster: Cluster) -> None:
+@pytest.mark.parametrize("place", ["poison", "cursed"])
+def test_a_picture_that_ends_its_process_is_quarantined_and_its_batch_mates_are_done(
+    cluster: Cluster, place: str
+) -> None:
     worker = cluster.toy_worker()
     beat = cluster.start("workers", "beat", "--every", "0.2")
-    run_id = cluster.submit(place="poison")
+    run_id = cluster.submit(place=place)
     cluster.wait_until_done(run_id, worker, beat)
 
     states = cluster.states(run_id)
-    assert states[StepState.QUARANTINED] == 2, "both pictures on deep poison"
+    assert states[StepState.QUARANTINED] == 2, "both pictures of that place"
     assert states[StepState.SKIPPED] == 2
     assert states[StepState.DONE] == STEPS_IN_ALL - 4
     assert cluster.ask(lambda repository: repository.run(run_id)).state is RunState.PARTIAL

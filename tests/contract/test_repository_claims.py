@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import pytest
 import sqlalchemy as sa
 
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.claim import SILENT_SECONDS
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.lineage.sql import now_plus
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import LeasedStep, Ready, Share
 from kontext_batch.services.turns import Turns
@@ -314,3 +317,33 @@ def test_finish_works_everything_off(repository: SqlRepository) -> None:
     submit(repository, make_plan(graph))
     assert finish(repository) == 22
     assert not repository.verify()
+
+
+def test_a_worker_that_was_silent_for_too_long_counts_as_gone_until_it_is_heard_of(
+    repository: SqlRepository, engine: sa.Engine
+) -> None:
+    """Of another host, which nobody here can look at: each pod has a name of its own."""
+    repository.register_worker(worker("pod-1"))
+    repository.register_worker(worker("pod-2"))
+    with engine.begin() as conn:
+        conn.execute(
+            sa.update(t.workers).where(t.workers.c.id == "pod-1").values(heartbeat=now_plus(-2 * SILENT_SECONDS))
+        )
+    repository.reconcile()
+    assert [each.id for each in repository.workers()] == ["pod-2"]
+    repository.extend_leases("pod-1", LEASE)
+    assert {each.id for each in repository.workers()} == {"pod-1", "pod-2"}
+
+
+def test_a_delivery_that_is_put_off_is_given_to_nobody_for_a_while(repository: SqlRepository) -> None:
+    repository.register_worker(worker())
+    submit(repository, make_plan({"a": [], "b": []}, deliver=["a", "b"]))
+    repository.commit(None, [done(step) for step in repository.claim("w1", limit=8, lease_seconds=LEASE)])
+    first, second = repository.claim_deliveries("w1", limit=8, seconds=300)
+    assert repository.claim_deliveries("w2", limit=8, seconds=300) == []
+    repository.settle_deliveries("w1", [], back=[first.id], later=[second.id])
+    assert [each.id for each in repository.claim_deliveries("w2", limit=8, seconds=300)] == [first.id]
+    repository.settle_deliveries("w1", [], back=[first.id])
+    assert repository.claim_deliveries("w1", limit=8, seconds=300) == [], "it is another's by now"
+    repository.retire_worker("w2")
+    assert [each.id for each in repository.claim_deliveries("w1", limit=8, seconds=300)] == [first.id]

@@ -6,7 +6,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kontext_batch.messaging.app import edits_queue, make_app
-from kontext_batch.messaging.wake_ups import CeleryWakeUps
+from kontext_batch.messaging.wake_ups import MOST_WAITING, CeleryWakeUps
 
 URL = "memory://"
 
@@ -55,5 +55,22 @@ def test_a_ring_names_a_lane_and_nothing_else(steps: int) -> None:
             assert each.content_type == "application/json"
             assert each.payload[:2] == [["edit/tiny"], {}]
             each.ack()
+        queue.close()
+    wake_ups.close()
+
+
+def test_rings_do_not_expire_and_do_not_pile_up() -> None:
+    """An expiry is compared with the clock of whoever takes the ring; one that goes wrong would take all of them."""
+    app = make_app(URL, queue_prefix="test-pile")
+    wake_ups = CeleryWakeUps(app, batch_rows=8)
+    for _ in range(20):
+        wake_ups.wake({"edit/tiny": 10_000})
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue(edits_queue("test-pile"))
+        assert queue.qsize() == MOST_WAITING
+        ring = queue.get(block=False)
+        assert not ring.headers["expires"]
+        ring.ack()
+        queue.clear()
         queue.close()
     wake_ups.close()

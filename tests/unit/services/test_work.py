@@ -6,13 +6,16 @@ import io
 import os
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
 from PIL import Image
 
+from kontext_batch.editor import EngineEditor
 from kontext_batch.errors import (
     InfrastructureError,
     NotAllowed,
@@ -22,9 +25,11 @@ from kontext_batch.errors import (
     StorageReadOnly,
 )
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports import EditJob, PendingDelivery, WorkerInfo
+from kontext_batch.ports import Artifact, EditJob, PendingDelivery, SettledDelivery, WorkerInfo
 from kontext_batch.registry import AdapterEntry, signature
+from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
 from kontext_batch.services.maintain import collect_garbage, gone_workers
 from kontext_batch.services.prepare import Selection
@@ -342,3 +347,88 @@ def test_weights_that_changed_since_they_were_registered_are_refused(studio: Stu
         studio.submit()
     register()
     assert studio.prepare().refusals == ()
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["grace period over", "told twice"])
+def test_a_worker_ends_although_the_database_is_away(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    worker = studio.worker()
+    asked = threading.Event()
+
+    def away(*_: object, **__: object) -> None:
+        asked.set()
+        raise InfrastructureError("the database does not answer")
+
+    studio.app.repository.register_worker(worker.info)
+    monkeypatch.setattr(SqlRepository, "claim", away)
+    monkeypatch.setattr(SqlRepository, "release_all", away)
+    turning = threading.Thread(target=worker.turn_through_outages)
+    turning.start()
+    assert asked.wait(10)
+    for _ in range(times):
+        worker.end(0.1 if times == 1 else 600)
+    turning.join(10)
+    assert not turning.is_alive()
+
+
+def test_a_model_that_this_worker_does_not_know_is_no_fault_of_the_step() -> None:
+    editor = EngineEditor(models={}, adapters={})
+    params = {"model": "newer", "numeric_mode": "float32", "adapters": []}
+    with pytest.raises(InfrastructureError, match="'newer' is not registered on this worker"):
+        editor.edit([EditJob(params=params, pictures=())])
+
+
+@dataclass
+class Claimed:
+    """A repository that has these deliveries to give, and hears how they end."""
+
+    pending: list[PendingDelivery]
+    settled: list[SettledDelivery] = field(default_factory=list)
+    back: list[int] = field(default_factory=list)
+    later: list[int] = field(default_factory=list)
+
+    def claim_deliveries(self, worker_id: str, **_: object) -> list[PendingDelivery]:
+        return self.pending
+
+    def settle_deliveries(
+        self,
+        worker_id: str,
+        settled: list[SettledDelivery],
+        *,
+        back: list[int] = [],
+        later: list[int] = [],  # noqa: B006
+    ) -> None:
+        self.settled += settled
+        self.back += back
+        self.later += later
+
+
+class OneDeadBucket:
+    """`s3://dead` does not answer."""
+
+    asked = 0
+
+    def read(self, uri: str) -> bytes:
+        return b"picture"
+
+    def write_if_absent(self, uri: str, data: bytes, *, media_type: str) -> bool:
+        if uri.startswith("s3://dead/"):
+            self.asked += 1
+            raise InfrastructureError("503")
+        return True
+
+
+def test_a_bucket_that_does_not_answer_holds_up_nobody_elses_deliveries() -> None:
+    artifact = Artifact(sha256_hex(b"picture"), "s3://store/a.png", "image/png", 7, 1, 1)
+    paths = ["s3://dead/1.png", "s3://dead/2.png", "s3://well/3.png", "s3://dead/4.png"]
+    pending = [PendingDelivery(n, 1, path, "version", artifact) for n, path in enumerate(paths, start=1)]
+    repository, store = Claimed(pending), OneDeadBucket()
+    assert deliver_pending(cast(Any, repository), cast(Any, store), worker_id="w", patient=True) == 1
+    assert [(each.id, each.error) for each in repository.settled] == [(3, None)]
+    assert (repository.later, repository.back, store.asked) == ([1, 2, 4], [], 1)
+
+    impatient = Claimed(pending)
+    with pytest.raises(InfrastructureError):
+        deliver_pending(cast(Any, impatient), cast(Any, store), worker_id="w")
+    assert (impatient.settled, impatient.back) == ([], [1, 2, 3, 4])
