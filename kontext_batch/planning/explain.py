@@ -58,7 +58,6 @@ _WORDS: Mapping[str, tuple[str, str]] = {
     "canvas": ("fit", "canvas"),
     "labels": ("label", "labels"),
 }
-_ORDER = {name: number for number, name in enumerate(_WORDS)}
 _ELSEWHERE = frozenset({"model_sha256", "numeric_mode", "text_length"})
 """Not written in the recipe: no line is told."""
 

@@ -16,7 +16,7 @@ from kontext_batch.planning.uris import Piece
 from kontext_batch.recipes.channels import CHANNEL_FIELDS
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.recipes.references import Reference, Template, parse_template
-from kontext_batch.recipes.schema import Channel, GlobInput
+from kontext_batch.recipes.schema import Channel
 from kontext_batch.recipes.scope import Target, channel_field
 from kontext_batch.recipes.source import Path
 from kontext_batch.recipes.tables import unknown_column
@@ -227,8 +227,3 @@ def _key(position: int) -> Lookup:
 def input_value(axis: str, row: Row) -> Value:
     """The axis value of a row."""
     return Value(axis, row.key, row.fields, row.files, row)
-
-
-def is_glob(recipe: Recipe, axis: str) -> bool:
-    """Whether an input is a glob of files, not a table."""
-    return isinstance(recipe.document.inputs.get(axis), GlobInput)

@@ -99,15 +99,6 @@ def run_that_wanted(repository: Repository, uri: str) -> int | None:
     return next((run.id for run in runs if repository.find_steps(uri, run_id=run.id)), None)
 
 
-def one_step(repository: Repository, text: str) -> StepRow:
-    """Exactly one step. Raises `ObjectNotFound` when none or several are meant."""
-    found = found_steps(repository, text)
-    if len(found) > 1:
-        some = ", ".join(f"{each.id} ({each.node})" for each in found[:8])
-        raise ObjectNotFound(f"'{text}' means {len(found)} steps; give the number of one of them: {some} ...")
-    return found[0]
-
-
 @dataclass(frozen=True, slots=True)
 class Link:
     """One step in the chain above a picture, with all that it read."""

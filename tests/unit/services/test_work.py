@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -396,8 +397,8 @@ class Claimed:
         worker_id: str,
         settled: list[SettledDelivery],
         *,
-        back: list[int] = [],
-        later: list[int] = [],  # noqa: B006
+        back: Sequence[int] = (),
+        later: Sequence[int] = (),
     ) -> None:
         self.settled += settled
         self.back += back
