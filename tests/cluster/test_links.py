@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import boto3
 import pytest
 from botocore.exceptions import ClientError
 
@@ -20,8 +21,15 @@ KEYS = "any-key-at-all", "open-sesame-open-sesame"
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
-    server = servers.needed(lambda: servers.s3(tmp_path, keys=KEYS).start())
+def server(tmp_path: Path) -> Iterator[servers.Server]:
+    started = servers.needed(lambda: servers.s3(tmp_path, keys=KEYS).start())
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def store(server: servers.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # another test's, with the keys of moto
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEYS[0])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEYS[1])
     client = make_client(endpoint=server.url)
@@ -37,7 +45,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
         store.write(f"s3://studio/{name}.png", name.encode(), media_type="image/png")
     yield store
     client.close()
-    server.kill()
 
 
 def status(link: str, method: str = "GET") -> int:

@@ -72,7 +72,7 @@ def test_the_queue_is_as_old_as_its_oldest_step(repository: SqlRepository, engin
     repository.pause_run(run_id)
     assert repository.standing().queue_age["edit/tiny"] == 0
     repository.resume_run(run_id)
-    assert repository.standing().queue_age["edit/tiny"] >= 100
+    assert 0 <= repository.standing().queue_age["edit/tiny"] < 30  # nobody could have taken it before
 
 
 @pytest.mark.parametrize("way", ["retry", "lost", "asked anew"])
