@@ -503,3 +503,14 @@ def test_a_new_take_of_a_step_without_a_model_says_what_a_take_is(
     assert "--take changes the seed of model steps; 'made' uses no model" in told
     assert main.main(["runs", "retry", "1", "--step", "unknown", "--take"]) == 2
     assert capsys.readouterr().err == "nothing that a model makes is meant by --only and --step\n"
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99"])
+def test_a_worker_without_its_device_does_not_start(
+    device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would fail everybody's steps."""
+    monkeypatch.setenv("KONTEXT_BATCH_BROKER_URL", "memory://")
+    (tmp_path / "kontext-out").mkdir()
+    assert main.main(["workers", "start", "--device", device, "--workspace", str(tmp_path / "kontext-out")]) == 2
+    assert device in capsys.readouterr().err
