@@ -317,10 +317,11 @@ def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float) -> 
 
 def release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
     lock_graph(conn, alone=True)
-    _release(conn, steps)
+    give_back(conn, steps)
 
 
-def _release(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
+def give_back(conn: sa.Connection, steps: Sequence[tuple[int, int]]) -> None:
+    """`release` under the lock of the graph, which whoever calls it holds alone."""
     if not steps:
         return
     back = conn.execute(

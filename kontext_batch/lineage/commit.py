@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import graph_locked
@@ -20,6 +19,7 @@ from kontext_batch.lineage.limits import usage_insert
 from kontext_batch.lineage.sql import (
     among,
     among_later,
+    dialect_insert,
     execute_all,
     in_state,
     insert_rows,
@@ -205,7 +205,7 @@ def _keep(conn: sa.Connection, artifacts: Sequence[Artifact]) -> sa.Insert:
         }
         for each in artifacts
     ]
-    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.artifacts)
+    insert = dialect_insert(conn, t.artifacts)
     insert = insert.on_conflict_do_update(
         index_elements=["sha256"], set_={"collected_at": None, "uri": insert.excluded.uri}
     )

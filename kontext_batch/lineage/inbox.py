@@ -10,13 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.errors import ObjectNotFound, SettingsError
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.runs import cancel_run
-from kontext_batch.lineage.sql import among, now, now_plus, stored_text
+from kontext_batch.lineage.sql import among, dialect_insert, now, now_plus, stored_text
 from kontext_batch.planning.inbox import (
     ENDED,
     SPEAKING,
@@ -45,7 +44,7 @@ def claimable_drops(conn: sa.Connection, found: Sequence[tuple[str, str]]) -> li
 
 
 def claim_drop(conn: sa.Connection, new: NewDrop, *, seconds: float) -> ClaimedDrop | None:
-    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.inbox)
+    insert = dialect_insert(conn, t.inbox)
     values = {
         "uri": new.uri,
         "etag": new.etag,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import in_state
+from kontext_batch.lineage.sql import DialectInsert, dialect_insert, in_state
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import RunFigures
 
@@ -54,9 +53,9 @@ def gpu_seconds() -> sa.ScalarSelect[float]:
     return sa.select(used).where(USAGE.run_id == RUNS.id).correlate(t.runs).scalar_subquery()
 
 
-def usage_insert(conn: sa.Connection, worker_id: str, seconds: dict[int, float]) -> postgresql.Insert | sqlite.Insert:
+def usage_insert(conn: sa.Connection, worker_id: str, seconds: dict[int, float]) -> DialectInsert:
     """Adds run id -> seconds to what that worker has sampled for those runs."""
-    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.run_usage)
+    insert = dialect_insert(conn, t.run_usage)
     rows = [{"run_id": run_id, "worker_id": worker_id, "gpu_seconds": each} for run_id, each in sorted(seconds.items())]
     # SQLAlchemy keeps the text of a statement with one row, and makes that of several anew each time.
     return insert.values(rows[0] if len(rows) == 1 else rows).on_conflict_do_update(

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.hashing import ALGORITHM
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import among, now, seconds_between
+from kontext_batch.lineage.sql import among, dialect_insert, now, seconds_between
 from kontext_batch.lineage.submit import known_steps
 from kontext_batch.planning.plan import InstanceId
 from kontext_batch.planning.states import StepState
@@ -161,7 +160,7 @@ def _upsert(
     """Insert or replace; locked in the order of `rows`."""
     if not rows:
         return
-    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(table)
+    insert = dialect_insert(conn, table)
     replaced = {name: insert.excluded[name] for name in [*rows[0], *values] if name not in by}
     statement = insert.values(**values) if values else insert
     conn.execute(statement.on_conflict_do_update(index_elements=list(by), set_=replaced), list(rows))

@@ -10,12 +10,11 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from kontext_batch.errors import ObjectNotFound, SettingsError
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
-from kontext_batch.lineage.sql import UtcTime, now, now_plus, stored_text
+from kontext_batch.lineage.sql import UtcTime, dialect_insert, now, now_plus, stored_text
 from kontext_batch.planning.schedules import (
     CatchUp,
     ClaimedFire,
@@ -32,7 +31,7 @@ KEPT = SCHEDULES.removed.is_(None)
 
 
 def add_schedule(conn: sa.Connection, new: Schedule) -> None:
-    insert = (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(t.schedules)
+    insert = dialect_insert(conn, t.schedules)
     values = {
         "name": new.name,
         "recipe": new.recipe,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.type_api import TypeEngine
@@ -218,6 +218,14 @@ def rows_of(
         for column, kind in columns.items()
     ]
     return sa.select(*picked).subquery(name)
+
+
+DialectInsert = postgresql.Insert | sqlite.Insert
+
+
+def dialect_insert(conn: sa.Connection, table: sa.Table) -> DialectInsert:
+    """An insert that knows ON CONFLICT, which is no part of SQLAlchemy's common one."""
+    return (postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert)(table)
 
 
 def insert_rows(

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.claim import release
+from kontext_batch.lineage.claim import give_back
 from kontext_batch.lineage.deliveries import free_deliveries
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import open_run
@@ -53,7 +53,7 @@ def release_all(conn: sa.Connection, worker_id: str) -> None:
         .order_by(STEPS.id)
         .with_for_update(key_share=True)
     )
-    release(conn, [(row.id, row.lease_token) for row in held])
+    give_back(conn, [(row.id, row.lease_token) for row in held])
     free_deliveries(conn, [worker_id])
 
 
