@@ -207,17 +207,18 @@ class Worker:
         """Work on every running run until told to end, looking for work all the time: there is nobody to ring."""
         with self.registered():
             while not self.ending:
-                if not self.turn_through_outages():
+                if not self.turn_through_outages(reconciling=True):
                     self.draining.wait(IDLE_SECONDS)
 
-    def turn_through_outages(self) -> bool:
-        """`turn`, after the leases of workers that are gone were returned; an outage breaks it off and no more.
+    def turn_through_outages(self, *, reconciling: bool = False) -> bool:
+        """`turn`; an outage breaks it off and no more, and what it held is given back.
 
-        What it held is given back. Anything else that is raised is no outage: the process had better end, so that its
-        leases are counted as lost.
+        Anything else that is raised is no outage: the process had better end, so that its leases are counted as lost.
+        `reconciling`: first return what workers held that are gone, where there may be no beat that does.
         """
         try:
-            reconcile(self.repository)
+            if reconciling:
+                reconcile(self.repository)
             return self.turn()
         except (StorageFull, StorageReadOnly, NotAllowed) as error:
             # The same would be computed again, and have nowhere to go.
@@ -234,11 +235,11 @@ class Worker:
         """What the turn held, whatever time it takes: the heart of this process beats on, so no lease would run out."""
         while not self.stopping.is_set():
             try:
-                return self.repository.release_all(self.info.id)
+                self.repository.release_all(self.info.id)
+                return
             except InfrastructureError as error:
                 log.warning("leases could not be given back yet", error=str(error))
                 self.stopping.wait(RETRY_SECONDS)
-        return None
 
     def turn(self, *, seconds: float = TURN_SECONDS) -> bool:
         """Compute and deliver until nothing more is found, or for so long; says whether anything was.

@@ -22,6 +22,7 @@ from celery import current_app, signals
 from kontext_batch.bootstrap import open_application
 from kontext_batch.errors import InfrastructureError, SettingsError
 from kontext_batch.observability import hide_password, set_up_logging
+from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings, load_settings
 
@@ -81,6 +82,7 @@ class WorkerProcess:
             except SettingsError as error:  # another worker of this host has the port: no reason not to work
                 log.error("metrics and health are not served", error=str(error))
             opened.enter_context(worker.registered())
+            reconcile(worker.repository)  # what this worker's last child held is free at once; the beat does the rest
             self._opened, self._worker = opened.pop_all(), worker
         return worker
 
