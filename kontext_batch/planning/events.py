@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
+from kontext_batch.planning.backoff import doubling_delay
 from kontext_batch.planning.states import RunState
 
 EventName = Literal["run.finished", "run.done", "run.partial", "run.failed", "run.cancelled"]
@@ -29,7 +30,7 @@ def retry_delay(tries: int, *, spread: Callable[[], float] = random.random) -> f
     """Seconds to wait after try number `tries` (1-based) failed, doubling, with jitter; None: give up."""
     if tries >= MAX_TRIES:
         return None
-    return float(min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (tries - 1)) * (0.5 + spread()))
+    return doubling_delay(tries, first=FIRST_RETRY_SECONDS, longest=LONGEST_RETRY_SECONDS, spread=spread())
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from kontext_batch.errors import (
 )
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.observability import metrics
+from kontext_batch.planning.backoff import doubling_delay
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
     Artifact,
@@ -68,7 +69,7 @@ def retry_delay(attempt: int, *, spread: Callable[[], float] = random.random) ->
     """Seconds to wait after infrastructure fault number `attempt` (1-based), doubling, with jitter; None: give up."""
     if attempt > MAX_RETRIES:
         return None
-    return float(min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (attempt - 1)) * (0.5 + spread()))
+    return doubling_delay(attempt, first=FIRST_RETRY_SECONDS, longest=LONGEST_RETRY_SECONDS, spread=spread())
 
 
 @dataclass(frozen=True, slots=True)
