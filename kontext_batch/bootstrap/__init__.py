@@ -53,8 +53,7 @@ def open_application(
         raise SettingsError(f"{workspace}: a workspace is a folder")
     elif settings.database_url is None and not (workspace / DATABASE).is_file():
         aside = folder_aside()
-    folders = [] if recipe_folder is None else [recipe_folder]
-    own = [file_uri(workspace), *(file_uri(folder.resolve()) for folder in folders)]
+    own = [file_uri(workspace)] if recipe_folder is None else [file_uri(workspace), file_uri(recipe_folder.resolve())]
     objects = prefix_uri(settings.objects) if settings.objects else file_uri(workspace)
     readable = (*own, *map(prefix_uri, settings.read_prefixes))
     writable = (*own, *map(prefix_uri, settings.write_prefixes))

@@ -40,7 +40,7 @@ from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.keys import ObjectKeys
-from kontext_batch.storage.router import StoreRouter, open_store
+from kontext_batch.storage.router import StoreRouter
 from kontext_batch.storage.uris import file_path, file_uri
 from kontext_batch.webhooks import HttpPost, Target
 
@@ -100,7 +100,7 @@ class Application:
             wake_ups=self.wake_ups,
             places=self.places,
             stores={
-                place.prefix: open_store([place.prefix], [place.prefix])
+                place.prefix: store_of(settings, [place.prefix], [place.prefix])
                 if place.prefix.startswith("file:")
                 else self.store
                 for place in self.places

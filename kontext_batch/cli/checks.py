@@ -13,6 +13,7 @@ from kontext_batch.errors import InfrastructureError, KontextBatchError
 
 if TYPE_CHECKING:
     from kontext_batch.settings import Settings
+    from kontext_batch.storage.router import StoreRouter
 
 LEAST_FREE = 10**9
 """Bytes that a workspace should have left."""
@@ -61,7 +62,7 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if usable or settings.database_url is not None:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
     if usable or settings.objects is not None:
-        yield _store(settings.objects, settings.s3_endpoint, settings.s3_region, workspace)
+        yield _store(settings, workspace)
     if settings.database_url is not None:
         yield _shared(settings)
     if settings.broker_url is not None:
@@ -86,17 +87,24 @@ def _database(url: str) -> Check:
     return Check("database", True, "at this version's revision")
 
 
-def _store(objects: str | None, endpoint: str | None, region: str | None, workspace: Path) -> Check:
+def _write_to(settings: Settings, place: str) -> StoreRouter:
+    """Put something there and take it away; returns the store. Raises its errors."""
+    from kontext_batch.bootstrap.adapters import store_of
+
+    store = store_of(settings, [place], [place])
+    probe = f"{place.rstrip('/')}/.doctor-{os.getpid()}.txt"  # hidden: nobody takes it for a recipe
+    store.write(probe, b"doctor\n", media_type="text/plain")
+    store.delete(probe)
+    return store
+
+
+def _store(settings: Settings, workspace: Path) -> Check:
     from kontext_batch.bootstrap import prefix_uri
-    from kontext_batch.storage.router import open_store
     from kontext_batch.storage.uris import file_uri
 
-    place = prefix_uri(objects) if objects else file_uri(workspace)
-    probe = f"{place.rstrip('/')}/doctor-{os.getpid()}.txt"
+    place = prefix_uri(settings.objects) if settings.objects else file_uri(workspace)
     try:
-        store = open_store([place], [place], s3_endpoint=endpoint, s3_region=region)
-        store.write(probe, b"doctor\n", media_type="text/plain")
-        store.delete(probe)
+        _write_to(settings, place)
     except KontextBatchError as error:
         return Check("store", False, str(error), "see that the place is there and may be written to")
     return Check("store", True, f"{place} can be written to")
@@ -121,7 +129,6 @@ def _broker(url: str) -> Check:
 
 def _inboxes(settings: Settings) -> Iterator[Check]:
     from kontext_batch.bootstrap import inbox_places
-    from kontext_batch.storage.router import open_store
 
     try:
         places = inbox_places(settings)
@@ -129,14 +136,8 @@ def _inboxes(settings: Settings) -> Iterator[Check]:
         yield Check("inboxes", False, str(error), "mend the setting inboxes")
         return
     for place in places:
-        probe = f"{place.prefix}.doctor-{os.getpid()}.txt"  # hidden: nobody takes it for a recipe
         try:
-            store = open_store(
-                [place.prefix], [place.prefix], s3_endpoint=settings.s3_endpoint, s3_region=settings.s3_region
-            )
-            next(store.list(place.prefix), None)
-            store.write(probe, b"doctor\n", media_type="text/plain")
-            store.delete(probe)
+            next(_write_to(settings, place.prefix).list(place.prefix), None)
         except KontextBatchError as error:
             yield Check(f"inbox of {place.owner}", False, str(error), "answers are written there: let it be written to")
         else:

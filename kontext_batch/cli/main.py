@@ -119,7 +119,7 @@ def settings(
     ] = False,
 ) -> None:
     """Turn photos and a recipe into edited images, and explain every one of them."""
-    from kontext_batch.observability import hide_password, set_up_logging
+    from kontext_batch.observability import hide_password, level_number, set_up_logging
     from kontext_batch.settings import load_settings
 
     as_json, level = log_json, logging.WARNING
@@ -128,12 +128,8 @@ def settings(
     except SettingsError:
         pass  # told by the command, if it needs them
     else:
-        hide_password(chosen.database_url)
-        hide_password(chosen.broker_url)
-        as_json, level = (
-            log_json or chosen.log_format == "json",
-            logging.getLevelNamesMapping()[chosen.log_level.upper()],
-        )
+        hide_password(chosen.database_url, chosen.broker_url)
+        as_json, level = log_json or chosen.log_format == "json", level_number(chosen.log_level)
     set_up_logging(json=as_json, level=min(level, logging.INFO) if verbose else level)
 
 

@@ -23,14 +23,13 @@ workers = typer.Typer(name="workers", help="Processes that compute.", no_args_is
 
 
 def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
-    """Check workspace, database, store, webhooks, models and device. Exit code 1 when something needs care.
+    """Check workspace, database, store, broker, inboxes, webhooks, models, device. Exit code 1: something needs care.
 
     Example: kontext-batch doctor --workspace spring/kontext-out
     """
     from kontext_batch.cli.checks import all_checks
 
-    chosen = workspace if workspace is not None else Path.cwd() / common.WORKSPACE
-    checks = list(all_checks(chosen, named=workspace is not None))
+    checks = list(all_checks(common.chosen_workspace(workspace), named=workspace is not None))
     if as_json:
         output.say_json(checks)
     else:
@@ -273,7 +272,7 @@ def _url(workspace: Path | None) -> str:
     settings = load_settings()
     if settings.database_url is not None:
         return settings.database_url
-    folder = (workspace if workspace is not None else Path.cwd() / common.WORKSPACE).resolve()
+    folder = common.chosen_workspace(workspace).resolve()
     if not folder.is_dir():
         raise SettingsError(f"{folder}: there is no workspace here; name one with --workspace DIR")
     return f"sqlite:///{folder / DATABASE}"

@@ -25,6 +25,11 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "PGPASSWORD")
 
 
+def level_number(name: LogLevel) -> int:
+    """The level of the setting `log_level` as `logging` counts it."""
+    return logging.getLevelNamesMapping()[name.upper()]
+
+
 def set_up_logging(*, json: bool = False, level: int = logging.WARNING) -> None:
     """Set up once, at the entry point; calling it again replaces what was set."""
     hide(*(os.environ.get(name) for name in SECRET_VARIABLES))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -40,14 +41,13 @@ def hide(*secrets: str | None) -> None:
     _known.update(each for each in secrets if each is not None and len(each) >= SHORTEST)
 
 
-def hide_password(url: str | None) -> None:
-    """Mask the password of a URL from now on, as it is written there and as it is meant."""
-    try:
-        password = urlsplit(url or "").password
-    except ValueError:  # told by whoever uses the URL
-        return
-    if password is not None:
-        hide(password, unquote(password))
+def hide_password(*urls: str | None) -> None:
+    """Mask the passwords of these URLs from now on, as they are written there and as they are meant."""
+    for url in urls:
+        with suppress(ValueError):  # told by whoever uses the URL
+            password = urlsplit(url or "").password
+            if password is not None:
+                hide(password, unquote(password))
 
 
 def mask(text: str) -> str:

@@ -71,12 +71,14 @@ def deliver_pending(
     if admit is not None:
         admit({each.source for each in claimed})
     settled: list[SettledDelivery] = []
-    later: dict[int, str] = {}
+    silent: set[str] = set()
+    """Places that did not answer: what else goes there would meet the same."""
+    later: list[int] = []
     told = 0
     try:
         for delivery in claimed:
-            if place_of(delivery.path) in later.values():
-                later[delivery.id] = place_of(delivery.path)
+            if place_of(delivery.path) in silent:
+                later.append(delivery.id)
                 continue
             on_delivery()
             try:
@@ -86,7 +88,8 @@ def deliver_pending(
                     if not patient:
                         raise  # what is pending stays so, and the same command goes on
                     log.warning("delivery put off", path=delivery.path, run=delivery.run_id, error=str(error))
-                    later[delivery.id] = place_of(delivery.path)
+                    silent.add(place_of(delivery.path))
+                    later.append(delivery.id)
                     continue
                 log.warning("delivery failed", path=delivery.path, run=delivery.run_id, error=str(error))
                 settled.append(SettledDelivery(delivery.id, error=str(error)))
@@ -99,9 +102,9 @@ def deliver_pending(
                     told = len(settled)
     finally:
         if told < len(claimed):
-            ended = {each.id for each in settled} | later.keys()
+            ended = {*later, *(each.id for each in settled)}
             back = [each.id for each in claimed if each.id not in ended]
-            repository.settle_deliveries(worker_id, settled[told:], back=back, later=list(later))
+            repository.settle_deliveries(worker_id, settled[told:], back=back, later=later)
     return len(settled)
 
 

@@ -6,7 +6,6 @@ SIGUSR2 from its parent says: finish the batch in flight, and when it comes agai
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from celery import current_app, signals
 
 from kontext_batch.bootstrap import open_application
 from kontext_batch.errors import InfrastructureError, SettingsError
-from kontext_batch.observability import hide_password, set_up_logging
+from kontext_batch.observability import hide_password, level_number, set_up_logging
 from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings, load_settings
@@ -141,9 +140,8 @@ def _keep_logging(**_: Any) -> None:
 def _start(**_: Any) -> None:
     global _process
     settings = load_settings()
-    hide_password(settings.database_url)
-    hide_password(settings.broker_url)
-    set_up_logging(json=settings.log_format == "json", level=logging.getLevelNamesMapping()[settings.log_level.upper()])
+    hide_password(settings.database_url, settings.broker_url)
+    set_up_logging(json=settings.log_format == "json", level=level_number(settings.log_level))
     _process = WorkerProcess(settings, Duties(**current_app.conf[DUTIES]))
     signal.signal(END_SIGNAL, _process.end)
     try:
