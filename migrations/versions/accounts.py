@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
+
+from migrations.columns import ID, where
 
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
 depends_on = None
-
-ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-
-
-def _ready() -> dict[str, Any]:
-    condition = sa.text("state = 'ready'")
-    return {"sqlite_where": condition, "postgresql_where": condition}
 
 
 def upgrade() -> None:
@@ -27,7 +20,7 @@ def upgrade() -> None:
         " WHERE run_steps.step_id = steps.id ORDER BY runs.state = 'running' DESC, runs.priority DESC, runs.id LIMIT 1)"
     )
     op.drop_index("ix_steps_ready", "steps")
-    op.create_index("ix_steps_ready", "steps", ["run_id", "lane", "id"], **_ready())
+    op.create_index("ix_steps_ready", "steps", ["run_id", "lane", "id"], **where("state = 'ready'"))
     op.drop_column("steps", "priority")
 
 
@@ -35,5 +28,7 @@ def downgrade() -> None:
     op.add_column("steps", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
     op.execute("UPDATE steps SET priority = coalesce((SELECT priority FROM runs WHERE runs.id = steps.run_id), 0)")
     op.drop_index("ix_steps_ready", "steps")
-    op.create_index("ix_steps_ready", "steps", ["lane", sa.literal_column("priority DESC"), "id"], **_ready())
+    op.create_index(
+        "ix_steps_ready", "steps", ["lane", sa.literal_column("priority DESC"), "id"], **where("state = 'ready'")
+    )
     op.drop_column("steps", "run_id")

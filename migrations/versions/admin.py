@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
+
+from migrations.columns import ID, TIME, where
 
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
-
-ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TIME = sa.Text().with_variant(sa.DateTime(timezone=True), "postgresql")
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def upgrade() -> None:
@@ -44,7 +37,7 @@ def upgrade() -> None:
     op.execute(
         f"UPDATE runs SET size = (SELECT count(*) {mine}), cached = (SELECT count(*) {mine} AND run_steps.cached)"
     )
-    op.create_index("ix_steps_failed", "steps", ["run_id"], **_where("state IN ('failed', 'quarantined')"))
+    op.create_index("ix_steps_failed", "steps", ["run_id"], **where("state IN ('failed', 'quarantined')"))
     op.add_column("workers", sa.Column("drain", sa.Boolean(), nullable=False, server_default=sa.false()))
 
     op.create_table(

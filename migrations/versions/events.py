@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
+
+from migrations.columns import ID, TIME, where
 
 revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
-
-ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TIME = sa.Text().with_variant(sa.DateTime(timezone=True), "postgresql")
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def upgrade() -> None:
@@ -37,7 +30,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("uid", name="uq_events_uid"),
     )
     op.create_index("ix_events_run_id", "events", ["run_id"])
-    op.create_index("ix_events_unaddressed", "events", ["id"], **_where("addressed IS NULL"))
+    op.create_index("ix_events_unaddressed", "events", ["id"], **where("addressed IS NULL"))
     op.create_table(
         "event_sends",
         sa.Column("id", ID, nullable=False),
@@ -53,8 +46,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_event_sends"),
         sa.UniqueConstraint("event_id", "webhook", name="uq_event_sends_event_id_webhook"),
     )
-    op.create_index("ix_event_sends_waiting", "event_sends", ["due"], **_where("state = 'waiting'"))
-    op.create_index("ix_event_sends_given_up", "event_sends", ["webhook"], **_where("state = 'given_up'"))
+    op.create_index("ix_event_sends_waiting", "event_sends", ["due"], **where("state = 'waiting'"))
+    op.create_index("ix_event_sends_given_up", "event_sends", ["webhook"], **where("state = 'given_up'"))
 
 
 def downgrade() -> None:

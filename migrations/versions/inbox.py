@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
+
+from migrations.columns import ID, TIME, where
 
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None
-
-ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TIME = sa.Text().with_variant(sa.DateTime(timezone=True), "postgresql")
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def upgrade() -> None:
@@ -46,7 +39,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_inbox_stem_id", "inbox", ["stem", "id"])
     op.create_index("ix_inbox_run_id", "inbox", ["run_id"])
-    op.create_index("ix_inbox_busy", "inbox", ["claimed_until"], **_where("state IN ('accepted', 'claimed')"))
+    op.create_index("ix_inbox_busy", "inbox", ["claimed_until"], **where("state IN ('accepted', 'claimed')"))
 
 
 def downgrade() -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
+
+from migrations.columns import ID, TIME, where
 
 revision = "0001"
 down_revision = None
 branch_labels = None
 depends_on = None
-
-
-ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TIME = sa.Text().with_variant(sa.DateTime(timezone=True), "postgresql")
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def upgrade() -> None:
@@ -128,10 +120,10 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_steps"),
         sa.UniqueConstraint("key", name="uq_steps_key"),
     )
-    op.create_index("ix_steps_leased", "steps", ["lease_owner"], **_where("state = 'leased'"))
-    op.create_index("ix_steps_live", "steps", ["id"], **_where("state IN ('blocked', 'leased', 'ready')"))
+    op.create_index("ix_steps_leased", "steps", ["lease_owner"], **where("state = 'leased'"))
+    op.create_index("ix_steps_live", "steps", ["id"], **where("state IN ('blocked', 'leased', 'ready')"))
     op.create_index(
-        "ix_steps_ready", "steps", ["lane", sa.literal_column("priority DESC"), "id"], **_where("state = 'ready'")
+        "ix_steps_ready", "steps", ["lane", sa.literal_column("priority DESC"), "id"], **where("state = 'ready'")
     )
 
     op.create_table(
@@ -156,7 +148,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("step_id", "token", name="uq_attempts_step_id_token"),
     )
     op.create_index("ix_attempts_batch_id", "attempts", ["batch_id"])
-    op.create_index("uq_attempts_ok", "attempts", ["step_id", "asked"], unique=True, **_where("outcome = 'ok'"))
+    op.create_index("uq_attempts_ok", "attempts", ["step_id", "asked"], unique=True, **where("outcome = 'ok'"))
 
     op.create_table(
         "batch_members",

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
+
+from migrations.columns import ID, TIME, where
 
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
-
-ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TIME = sa.Text().with_variant(sa.DateTime(timezone=True), "postgresql")
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def upgrade() -> None:
@@ -39,7 +32,7 @@ def upgrade() -> None:
         sa.Column("removed", TIME),
         sa.PrimaryKeyConstraint("id", name="pk_schedules"),
     )
-    op.create_index("uq_schedules_name", "schedules", ["name"], unique=True, **_where("removed IS NULL"))
+    op.create_index("uq_schedules_name", "schedules", ["name"], unique=True, **where("removed IS NULL"))
     op.create_table(
         "fires",
         sa.Column("id", ID, nullable=False),
@@ -57,7 +50,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("schedule_id", "fire_at", name="uq_fires_schedule_id_fire_at"),
     )
     op.create_index("ix_fires_run_id", "fires", ["run_id"])
-    op.create_index("ix_fires_claimed", "fires", ["claimed_until"], **_where("state = 'claimed'"))
+    op.create_index("ix_fires_claimed", "fires", ["claimed_until"], **where("state = 'claimed'"))
 
 
 def downgrade() -> None:
