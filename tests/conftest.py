@@ -31,21 +31,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    given = os.environ.get("KONTEXT_TEST_REDIS_URL")
-    if given:
-        yield given
-        return
-    server = servers.needed(lambda: servers.redis(tmp_path_factory.mktemp("redis")).start())
-    yield server.url
-    server.kill()
+    yield from servers.given_or_started(
+        "KONTEXT_TEST_REDIS_URL", lambda: servers.redis(tmp_path_factory.mktemp("redis")).start()
+    )
 
 
 @pytest.fixture(scope="session")
 def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    given = os.environ.get("KONTEXT_TEST_S3_URL")
-    if given:
-        yield given
-        return
-    server = servers.needed(lambda: servers.s3(tmp_path_factory.mktemp("s3")).start())
-    yield server.url
-    server.kill()
+    yield from servers.given_or_started(
+        "KONTEXT_TEST_S3_URL", lambda: servers.s3(tmp_path_factory.mktemp("s3")).start()
+    )

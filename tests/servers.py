@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,17 @@ def needed(server: Callable[[], T]) -> T:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+def given_or_started(variable: str, start: Callable[[], Server | Postgres]) -> Iterator[str]:
+    """URL of the server that the environment names, else of one that lives as long as this generator."""
+    given = os.environ.get(variable)
+    if given:
+        yield given
+        return
+    server = needed(start)
+    yield server.url
+    server.kill()
 
 
 def free_ports(count: int) -> list[int]:

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import boto3
 import psutil
 import sqlalchemy as sa
 
@@ -35,7 +34,7 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import RunState
 from tests import servers
 from tests.acceptance.conftest import REFERENCE, base_environment
-from tests.cluster.installation import BUCKET, Cluster, picture
+from tests.cluster.installation import BUCKET, ROOT, Cluster, connect, picture, settings_for
 from tests.proxy import Mood, Proxy
 
 SCENES = 4
@@ -110,16 +109,7 @@ class Installation:
         self.database.start()
         self.proxy = Proxy(self.store.port)
         upgrade(self.database.url)
-        keys = {"AWS_ACCESS_KEY_ID": "any-key-at-all", "AWS_SECRET_ACCESS_KEY": "any-secret-at-all"}
-        self.s3 = boto3.client(
-            "s3",
-            endpoint_url=self.store.url,
-            region_name="us-east-1",
-            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-        )
-        with suppress(self.s3.exceptions.BucketAlreadyOwnedByYou, self.s3.exceptions.BucketAlreadyExists):
-            self.s3.create_bucket(Bucket=BUCKET)
+        self.s3 = connect(self.store.url)
         for number in range(self.night.items):
             colour = f"hsl({number * 7 % 360}, {30 + number % 60}%, {20 + number % 50}%)"
             self.s3.put_object(Bucket=BUCKET, Key=f"chaos/photos/p{number:05}.png", Body=picture(colour))
@@ -129,15 +119,13 @@ class Installation:
             self.s3,
             {
                 **base_environment(register_model(self.folder)),
-                **keys,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-                "KONTEXT_BATCH_DATABASE_URL": self.database.url,
-                "KONTEXT_BATCH_BROKER_URL": self.broker.url,
-                "KONTEXT_BATCH_S3_ENDPOINT": f"http://127.0.0.1:{self.proxy.port}",
-                "KONTEXT_BATCH_OBJECTS": f"s3://{BUCKET}/chaos/objects",
-                "KONTEXT_BATCH_READ_PREFIXES": json.dumps([f"s3://{BUCKET}/chaos/"]),
-                "KONTEXT_BATCH_WRITE_PREFIXES": json.dumps([f"s3://{BUCKET}/chaos/out"]),
-                "KONTEXT_BATCH_DEVICE": "cpu",
+                **settings_for(
+                    "chaos",
+                    database_url=self.database.url,
+                    broker_url=self.broker.url,
+                    s3_url=f"http://127.0.0.1:{self.proxy.port}",
+                ),
+                "PYTHONPATH": str(ROOT),
                 "KONTEXT_BATCH_LEASE_SECONDS": str(LEASE_SECONDS),
                 "KONTEXT_TOY_ROW_SECONDS": str(self.night.row_seconds),
             },

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import boto3
 import pytest
 from kombu import Connection
 
 from tests import servers
 from tests.acceptance.conftest import base_environment, models_file, small_model
-from tests.cluster.installation import BUCKET, Cluster, picture
+from tests.cluster.installation import BUCKET, Cluster, connect, picture, settings_for
 from tests.contract.database import postgres_server, postgres_template, postgres_url
 
 __all__ = ["models_file", "postgres_server", "postgres_template", "postgres_url", "small_model"]
@@ -45,30 +43,14 @@ def broker_url(request: pytest.FixtureRequest, queue_prefix: str) -> Iterator[st
 def cluster(
     tmp_path: Path, models_file: Path, postgres_url: str, broker_url: str, queue_prefix: str, s3_url: str
 ) -> Iterator[Cluster]:
-    keys = {"AWS_ACCESS_KEY_ID": "any-key-at-all", "AWS_SECRET_ACCESS_KEY": "any-secret-at-all"}
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_url,
-        region_name="us-east-1",
-        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-    )
     place = f"{os.getpid()}-{next(NUMBERS)}"
-    with suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
-        client.create_bucket(Bucket=BUCKET)
+    client = connect(s3_url)
     for name, colour in (("mug", "red"), ("bag", "blue")):
         client.put_object(Bucket=BUCKET, Key=f"{place}/photos/{name}.png", Body=picture(colour))
     environment = {
         **base_environment(models_file),
-        **keys,
-        "KONTEXT_BATCH_DATABASE_URL": postgres_url,
-        "KONTEXT_BATCH_BROKER_URL": broker_url,
+        **settings_for(place, database_url=postgres_url, broker_url=broker_url, s3_url=s3_url),
         "KONTEXT_BATCH_QUEUE_PREFIX": queue_prefix,
-        "KONTEXT_BATCH_S3_ENDPOINT": s3_url,
-        "KONTEXT_BATCH_OBJECTS": f"s3://{BUCKET}/{place}/objects",
-        "KONTEXT_BATCH_READ_PREFIXES": json.dumps([f"s3://{BUCKET}/{place}/"]),
-        "KONTEXT_BATCH_WRITE_PREFIXES": json.dumps([f"s3://{BUCKET}/{place}/out"]),
-        "KONTEXT_BATCH_DEVICE": "cpu",
     }
     made = Cluster(tmp_path, place, client, environment)
     yield made

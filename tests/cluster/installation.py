@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import boto3
 from PIL import Image, ImageDraw
 
 from kontext_batch.lineage.repository import SqlRepository
@@ -24,6 +27,38 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 BUCKET = "studio"
 """One for all tests: SeaweedFS keeps volumes for each."""
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "any-key-at-all", "AWS_SECRET_ACCESS_KEY": "any-secret-at-all"}
+"""The test servers let any in."""
+
+
+def connect(s3_url: str) -> S3Client:
+    """A client of the server, with the bucket made."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3_url,
+        region_name="us-east-1",
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+    )
+    with suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket=BUCKET)
+    return client
+
+
+def settings_for(place: str, *, database_url: str, broker_url: str, s3_url: str) -> dict[str, str]:
+    """Environment of an installation whose bucket's folder is `place`."""
+    return {
+        **KEYS,
+        "KONTEXT_BATCH_DATABASE_URL": database_url,
+        "KONTEXT_BATCH_BROKER_URL": broker_url,
+        "KONTEXT_BATCH_S3_ENDPOINT": s3_url,
+        "KONTEXT_BATCH_OBJECTS": f"s3://{BUCKET}/{place}/objects",
+        "KONTEXT_BATCH_READ_PREFIXES": json.dumps([f"s3://{BUCKET}/{place}/"]),
+        "KONTEXT_BATCH_WRITE_PREFIXES": json.dumps([f"s3://{BUCKET}/{place}/out"]),
+        "KONTEXT_BATCH_DEVICE": "cpu",
+    }
 
 
 @dataclass
@@ -122,6 +157,10 @@ class Cluster:
 
     def states(self, run_id: int) -> dict[StepState, int]:
         return dict(self.ask(lambda repository: repository.run(run_id)).steps)
+
+    def leased(self, run_id: int) -> bool:
+        """Whether somebody computes a step of the run."""
+        return self.states(run_id).get(StepState.LEASED, 0) > 0
 
     def outputs(self) -> list[str]:
         listed = self.s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{self.place}/out/")

@@ -38,10 +38,6 @@ def child_of(cluster: Cluster) -> psutil.Process:
     return psutil.Process(worker.pid)
 
 
-def leased(cluster: Cluster, run_id: int) -> bool:
-    return cluster.states(run_id).get(StepState.LEASED, 0) > 0
-
-
 def met(proxy: Proxy, mood: Mood, enough: int) -> bool:
     return proxy.met[mood] >= enough
 
@@ -63,7 +59,7 @@ def test_a_child_that_is_killed_in_mid_batch_is_replaced_and_its_steps_are_done_
     worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="3")
     beat = cluster.start("workers", "beat", "--every", "0.2")
     run_id = cluster.submit()
-    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    cluster.wait_for(lambda: cluster.leased(run_id), worker)
     child = child_of(cluster)
     child.kill()
     cluster.wait_until_done(run_id, worker, beat)
@@ -75,7 +71,7 @@ def test_a_worker_that_stood_still_past_its_lease_writes_nothing(cluster: Cluste
     """The fenced writer: it was thought dead, another has done its work, and it wakes up in mid batch."""
     first = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="3", KONTEXT_BATCH_LEASE_SECONDS="30")
     run_id = cluster.submit()
-    cluster.wait_for(lambda: leased(cluster, run_id), first)
+    cluster.wait_for(lambda: cluster.leased(run_id), first)
     frozen = child_of(cluster)
     frozen.suspend()
     second = cluster.toy_worker()
@@ -124,7 +120,7 @@ def test_a_broker_that_is_killed_and_comes_back_empty_loses_nothing(cluster: Clu
     cluster.environment = {**cluster.environment, "KONTEXT_BATCH_BROKER_URL": broker.url}
     worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="0.5")
     run_id = cluster.submit()
-    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    cluster.wait_for(lambda: cluster.leased(run_id), worker)
     broker.kill()
     time.sleep(2)
     broker.start()
@@ -145,7 +141,7 @@ def test_a_database_that_is_restarted_in_mid_batch_gets_the_result_all_the_same(
     worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="1")
     beat = cluster.start("workers", "beat", "--every", "0.2")
     run_id = cluster.submit()
-    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    cluster.wait_for(lambda: cluster.leased(run_id), worker)
     database.restart()
     cluster.wait_until_done(run_id, worker, beat)
     assert_each_step_once(cluster, run_id)

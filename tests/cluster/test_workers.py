@@ -63,20 +63,16 @@ def still_there(processes: list[psutil.Process], seconds: float = 10.0) -> list[
     return alive
 
 
-def leased(cluster: Cluster, run_id: int) -> bool:
-    return cluster.states(run_id).get(StepState.LEASED, 0) > 0
-
-
 @only_redis
 def test_a_worker_that_is_told_to_end_finishes_its_batch(cluster: Cluster) -> None:
     worker = cluster.worker()
     run_id = cluster.submit(steps=LONG)
-    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    cluster.wait_for(lambda: cluster.leased(run_id), worker)
     assert cluster.end(worker) == 0, cluster.logs()
 
     assert cluster.states(run_id).get(StepState.DONE) == 2, "both of the batch"
     assert set(chain(*cluster.outcomes(run_id))) == {"ok"}
-    assert not leased(cluster, run_id)
+    assert not cluster.leased(run_id)
 
 
 @only_redis
@@ -84,11 +80,11 @@ def test_a_worker_that_is_told_to_end_finishes_its_batch(cluster: Cluster) -> No
 def test_a_worker_gives_its_batch_back_when_it_is_told_twice_or_its_time_is_over(cluster: Cluster, grace: str) -> None:
     worker = cluster.worker(KONTEXT_BATCH_GRACE_SECONDS=grace)
     run_id = cluster.submit(steps=1000)
-    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    cluster.wait_for(lambda: cluster.leased(run_id), worker)
     worker.send_signal(signal.SIGTERM)
     if grace == "600":
         time.sleep(1)
-        assert leased(cluster, run_id)
+        assert cluster.leased(run_id)
         worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=60) == 0, cluster.logs()
 
@@ -100,7 +96,7 @@ def test_a_worker_gives_its_batch_back_when_it_is_told_twice_or_its_time_is_over
 def test_a_killed_workers_steps_are_taken_over_at_the_next_beat(cluster: Cluster) -> None:
     first = cluster.worker()
     run_id = cluster.submit(steps=LONG)
-    cluster.wait_for(lambda: leased(cluster, run_id), first)
+    cluster.wait_for(lambda: cluster.leased(run_id), first)
     children = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.wait()
@@ -119,7 +115,7 @@ def test_a_killed_workers_steps_are_taken_over_at_the_next_beat(cluster: Cluster
 def test_a_worker_that_is_told_to_drain_finishes_its_batch_and_ends(cluster: Cluster) -> None:
     worker = cluster.worker("--metrics-port", "0")
     run_id = cluster.submit(steps=LONG)
-    cluster.wait_for(lambda: leased(cluster, run_id), worker)
+    cluster.wait_for(lambda: cluster.leased(run_id), worker)
     [known] = cluster.workers()
     told = cluster.run("workers", "drain", known.id)
     assert told.code == 0, told.err

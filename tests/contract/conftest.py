@@ -11,6 +11,7 @@ from tests.contract.database import (
     repository,
     sqlite_template,
     sqlite_url,
+    two_workers,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "repository",
     "sqlite_template",
     "sqlite_url",
+    "two_workers",
 ]

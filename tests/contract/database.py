@@ -20,6 +20,7 @@ from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
 from tests import servers
+from tests.contract.plans import worker
 
 POSTGRES_VARIABLE = "KONTEXT_TEST_POSTGRES_URL"
 _NUMBERS = itertools.count()
@@ -28,19 +29,10 @@ _NUMBERS = itertools.count()
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[sa.URL]:
     """URL of a server whose databases the tests may create and drop."""
-    given = os.environ.get(POSTGRES_VARIABLE)
-    if given:
-        yield sa.make_url(given).set(drivername="postgresql+psycopg")
-        return
-    server = servers.Postgres(Path(tempfile.mkdtemp(prefix="kontext-pg-")))
-    try:
-        server.start()
-    except servers.NoServer as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    yield sa.make_url(server.url)
-    server.kill()
+    for url in servers.given_or_started(
+        POSTGRES_VARIABLE, lambda: servers.Postgres(Path(tempfile.mkdtemp(prefix="kontext-pg-"))).start()
+    ):
+        yield sa.make_url(url).set(drivername="postgresql+psycopg")
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +88,13 @@ def repository(database_url: str) -> Iterator[SqlRepository]:
     repository = SqlRepository(database_url)
     yield repository
     repository.close()
+
+
+@pytest.fixture
+def two_workers(repository: SqlRepository) -> None:
+    """`w1` and `w2` are at work."""
+    repository.register_worker(worker("w1"))
+    repository.register_worker(worker("w2", pid=2))
 
 
 @pytest.fixture

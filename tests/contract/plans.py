@@ -85,6 +85,10 @@ def worker(name: str = "w1", *, pid: int = 1, host: str = "here") -> WorkerInfo:
     return WorkerInfo(name, host, pid, 1000.5, "cpu", {"torch": "2"})
 
 
+def claim(repository: SqlRepository, worker_id: str = "w1", *, limit: int = 8, **options: object) -> list[LeasedStep]:
+    return list(repository.claim(worker_id, limit=limit, lease_seconds=LEASE, **options))  # type: ignore[arg-type]
+
+
 def artifact_of(step: LeasedStep, *, slot: str = "image", size: int = 100) -> Artifact:
     digest = sha256_hex(f"{step.key}/{slot}".encode())
     return Artifact(digest, f"file:///objects/{digest}", "image/png", size, 8, 8)

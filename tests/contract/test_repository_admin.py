@@ -21,6 +21,7 @@ from tests.contract.plans import (
     LANE,
     LEASE,
     artifact_of,
+    claim,
     done,
     failed,
     finish,
@@ -34,14 +35,7 @@ from tests.contract.plans import (
 S = StepState
 
 
-@pytest.fixture(autouse=True)
-def _workers(repository: SqlRepository) -> None:
-    repository.register_worker(worker("w1"))
-    repository.register_worker(worker("w2", pid=2))
-
-
-def claim(repository: SqlRepository, worker_id: str = "w1", *, limit: int = 8) -> list[LeasedStep]:
-    return list(repository.claim(worker_id, limit=limit, lease_seconds=LEASE))
+pytestmark = pytest.mark.usefixtures("two_workers")
 
 
 def budgeted(repository: SqlRepository, plan: Plan, gpu_minutes: float) -> int:

@@ -21,6 +21,7 @@ from tests.contract.plans import (
     LANE,
     LEASE,
     artifact_of,
+    claim,
     done,
     failed,
     finish,
@@ -34,18 +35,11 @@ from tests.contract.plans import (
 S = StepState
 
 
-@pytest.fixture(autouse=True)
-def _workers(repository: SqlRepository) -> None:
-    repository.register_worker(worker("w1"))
-    repository.register_worker(worker("w2", pid=2))
+pytestmark = pytest.mark.usefixtures("two_workers")
 
 
 def names(steps: list[LeasedStep]) -> list[str]:
     return [step.params["name"] for step in steps]
-
-
-def claim(repository: SqlRepository, worker_id: str = "w1", *, limit: int = 8, **options: object) -> list[LeasedStep]:
-    return list(repository.claim(worker_id, limit=limit, lease_seconds=LEASE, **options))  # type: ignore[arg-type]
 
 
 def lose(repository: SqlRepository, worker_id: str = "w1") -> None:

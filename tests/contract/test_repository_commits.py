@@ -8,19 +8,12 @@ import sqlalchemy as sa
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import BatchMember, BatchRecord, LeasedStep, StepDone, StepFailed
-from tests.contract.plans import LANE, LEASE, artifact_of, done, failed, key, make_plan, submit, worker
+from tests.contract.plans import LANE, artifact_of, claim, done, failed, key, make_plan, submit
 
 S = StepState
 
 
-@pytest.fixture(autouse=True)
-def _workers(repository: SqlRepository) -> None:
-    repository.register_worker(worker("w1"))
-    repository.register_worker(worker("w2", pid=2))
-
-
-def claim(repository: SqlRepository, worker_id: str = "w1", *, limit: int = 8) -> list[LeasedStep]:
-    return list(repository.claim(worker_id, limit=limit, lease_seconds=LEASE))
+pytestmark = pytest.mark.usefixtures("two_workers")
 
 
 def intend(repository: SqlRepository, *steps: LeasedStep) -> None:
