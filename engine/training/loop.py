@@ -27,15 +27,12 @@ from pydantic import ConfigDict, Field, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import ConfigError, TrainingError
+from engine.training.attention import cpu_attention
 from engine.training.muon import Muon
 
 Loss = tuple[Tensor, Mapping[str, float]]
-
-CPU_ATTENTION = SDPBackend.MATH
-"""Its backward pass takes a third of the fused kernel's time at a few hundred tokens."""
 
 MUON_STATE = "momentum_buffer"
 """What Muon keeps of each matrix."""
@@ -304,7 +301,7 @@ class Loop:
             if device != "cpu":
                 yield
                 return
-            with sdpa_kernel(CPU_ATTENTION):
+            with cpu_attention():
                 yield
 
     def use_average(self) -> None:
