@@ -173,10 +173,13 @@ def _choose_query(*, others: bool) -> sa.Select[Any]:
         .where(
             in_state(STEPS.state, StepState.READY),
             STEPS.run_id == sa.bindparam("account"),
-            STEPS.lane == sa.bindparam("in_lane"),
+            # Equality in two halves: of a column that is constant PostgreSQL drops the order, may then take any index
+            # by id, and reads past all that is not ready.
+            STEPS.lane >= sa.bindparam("in_lane"),
+            STEPS.lane <= sa.bindparam("in_lane"),
             sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
         )
-        .order_by(STEPS.id)
+        .order_by(STEPS.lane, STEPS.id)
         .limit(sa.bindparam("most", type_=sa.Integer))
         .with_for_update(skip_locked=True, key_share=True, of=t.steps)
     )

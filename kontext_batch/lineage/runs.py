@@ -157,26 +157,30 @@ def _live(conn: sa.Connection, run_id: int) -> Sequence[int]:
 def finishable(conn: sa.Connection) -> list[int]:
     """Open runs with no live step and nothing left to deliver."""
     wanted = exists(RUN_STEPS.run_id == RUNS.id, RUN_STEPS.step_id == STEPS.id, outer=(t.runs, t.steps))
-    # From the newest live step downwards: while the run goes on, the first one looked at mostly is one of its own.
-    live = (
-        sa.select(STEPS.id)
-        .where(in_state(STEPS.state, *LIVE), wanted)
-        .order_by(STEPS.id.desc())
-        .limit(1)
-        .correlate(t.runs)
-        .scalar_subquery()
-    )
     # Most open runs have live steps on their own account, which an index tells at once; only the others are asked for
     # steps that they share.
-    own = exists(STEPS.run_id == RUNS.id, in_state(STEPS.state, *LIVE), outer=t.runs)
-    pending = exists(DELIVERIES.run_id == RUNS.id, DELIVERIES.state == "pending", outer=t.runs)
-    idle = list(conn.scalars(sa.select(RUNS.id).where(open_run(), sa.not_(own), sa.not_(pending))))
+    own = _first_of_run(STEPS.run_id, in_state(STEPS.state, *LIVE))
+    pending = _first_of_run(DELIVERIES.run_id, DELIVERIES.state == "pending")
+    idle = list(conn.scalars(sa.select(RUNS.id).where(open_run(), own.is_(None), pending.is_(None))))
     if not idle:
         return []
+    live = sa.select(STEPS.id).where(in_state(STEPS.state, *LIVE), wanted).limit(1).correlate(t.runs).scalar_subquery()
     return list(conn.scalars(sa.select(RUNS.id).where(among(RUNS.id, idle), live.is_(None)).order_by(RUNS.id)))
 
 
+def _first_of_run(run_id: sa.ColumnElement[int], condition: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
+    """A row of the run for which this holds, if there is one, by the index that begins with `run_id`.
+
+    PostgreSQL answers EXISTS by reading such rows of all runs, and a LIMIT without an order by reading the table until
+    it meets one; by an equal column it does not order.
+    """
+    mine = sa.and_(run_id >= RUNS.id, run_id <= RUNS.id)
+    return sa.select(run_id).where(mine, condition).order_by(run_id).limit(1).correlate(t.runs).scalar_subquery()
+
+
 def finish_runs(conn: sa.Connection) -> list[tuple[int, RunState]]:
+    if not finishable(conn):  # as nearly always: nobody's commit waits for this look
+        return []
     lock_graph(conn, alone=True)
     finished = []
     for summary in _summaries(conn, RUNS.id.in_(finishable(conn))):
@@ -228,23 +232,28 @@ def _summaries(conn: sa.Connection, wanted: sa.ColumnElement[bool]) -> list[RunS
     """Newest first."""
     query = sa.select(t.runs, gpu_seconds().label("gpu_seconds")).where(wanted).order_by(RUNS.id.desc())
     rows = conn.execute(query).all()
-    return [_summary(row, _count_steps(conn, row.id, row.ranges), _count_deliveries(conn, row.id)) for row in rows]
+    return [_summary(row, *_counts(conn, row.id, row.ranges)) for row in rows]
 
 
-def _count_steps(conn: sa.Connection, run_id: int, ranges: Sequence[Sequence[int]] | None) -> dict[StepState, int]:
-    """The run's distinct steps by state; by the ranges of their ids where these are known, a third of the work."""
-    query = sa.select(STEPS.state, sa.func.count().label("number")).group_by(STEPS.state)
+def _counts(
+    conn: sa.Connection, run_id: int, ranges: Sequence[Sequence[int]] | None
+) -> tuple[dict[StepState, int], dict[str, int]]:
+    """The run's distinct steps by state, and its deliveries by state, in one round trip.
+
+    Steps are found by the ranges of their ids where these are known: a third of the work.
+    """
+    steps = sa.select(sa.literal("step").label("of"), STEPS.state, sa.func.count().label("number"))
     if ranges is None:
-        query = query.join(t.run_steps, STEPS.id == RUN_STEPS.step_id)
-        query = query.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first)
+        steps = steps.join(t.run_steps, STEPS.id == RUN_STEPS.step_id)
+        steps = steps.where(RUN_STEPS.run_id == run_id, RUN_STEPS.first)
     else:
-        query = query.where(sa.or_(sa.false(), *(STEPS.id.between(first, last) for first, last in ranges)))
-    return {StepState(row.state): row.number for row in conn.execute(query)}
-
-
-def _count_deliveries(conn: sa.Connection, run_id: int) -> dict[str, int]:
-    query = sa.select(DELIVERIES.state, sa.func.count().label("number")).where(DELIVERIES.run_id == run_id)
-    return {row.state: row.number for row in conn.execute(query.group_by(DELIVERIES.state))}
+        steps = steps.where(sa.or_(sa.false(), *(STEPS.id.between(first, last) for first, last in ranges)))
+    deliveries = sa.select(sa.literal("delivery"), DELIVERIES.state, sa.func.count()).where(DELIVERIES.run_id == run_id)
+    rows = conn.execute(sa.union_all(steps.group_by(STEPS.state), deliveries.group_by(DELIVERIES.state))).all()
+    return (
+        {StepState(row.state): row.number for row in rows if row.of == "step"},
+        {row.state: row.number for row in rows if row.of == "delivery"},
+    )
 
 
 def _summary(row: sa.Row[Any], steps: Mapping[StepState, int], deliveries: Mapping[str, int]) -> RunSummary:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage.sql import AxesText, UtcTime, in_state
 from kontext_batch.planning.states import LIVE, StepState
 
-REVISION = "0007"
+REVISION = "0008"
 """The migration that makes these tables."""
 
 metadata = sa.MetaData(
@@ -102,7 +102,6 @@ _partial(
 )
 _partial("ix_steps_leased", steps.c.lease_owner, where=in_state(steps.c.state, StepState.LEASED))
 _partial("ix_steps_failed", steps.c.run_id, where=in_state(steps.c.state, StepState.FAILED, StepState.QUARANTINED))
-_partial("ix_steps_live", steps.c.id, where=in_state(steps.c.state, *LIVE))
 _partial("ix_steps_account", steps.c.run_id, steps.c.id, where=in_state(steps.c.state, *LIVE))
 
 # Apart from `steps`: that row is rewritten with each move and read by the hundred thousand, so it stays small.

@@ -104,6 +104,31 @@ def test_no_hot_statement_reads_a_table_whole(sqlite_url: str) -> None:
     repository.close()
 
 
+def test_postgresql_finds_work_and_ends_by_index_in_a_large_run(postgres_url: str) -> None:
+    """Not by reading past what is not ready, nor past all that is live: the larger the run, the longer that takes."""
+    repository = SqlRepository(postgres_url)
+    repository.register_worker(worker())
+    run_id = submit(repository, wide_plan(5000))
+    work_batch(repository)
+    with listening(repository) as said:
+        repository.waiting_lanes()
+        repository.claim("w1", limit=8, lease_seconds=LEASE, ranking=Turns())
+        repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id, ranking=Turns())
+        repository.finish_runs()
+    queries = [each for each in said if each[0].startswith(("SELECT", "WITH RECURSIVE")) and "steps" in each[0]]
+    with repository._db._reading.begin() as conn:
+        plans = [
+            "\n".join(row[0] for row in conn.exec_driver_sql(f"EXPLAIN {text}", parameters))
+            for text, parameters in queries
+        ]
+    repository.close()
+    assert len([plan for plan in plans if "LockRows" in plan]) >= 3
+    for plan in plans:
+        assert "Seq Scan on steps" not in plan, plan
+        if "LockRows" in plan:
+            assert "Index Scan using ix_steps_ready on steps" in plan, plan
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_hundred_thousand_steps(database_url: str, repository: SqlRepository) -> None:
