@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,15 @@ class _PlainInBfloat16(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        plain = func is F.scaled_dot_product_attention and len(args) == 3 and not any((kwargs or {}).values())
-        if plain and _bfloat16(args[0]):
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention and len(args) == 3 and _plain(given) and _bfloat16(args[0]):
             return attention(*args)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **given)
+
+
+def _plain(given: Mapping[str, Any]) -> bool:
+    """No mask, no dropout, no scale of its own."""
+    return all(value is None or value is False or (isinstance(value, float) and not value) for value in given.values())
 
 
 def _bfloat16(q: Tensor) -> bool:

@@ -43,6 +43,12 @@ def test_only_bfloat16_without_a_mask_is_its_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "attention", counted)
     outcome(cpu_attention(), torch.float32)
     outcome(cpu_attention(), torch.bfloat16, causal=True)
+    x = torch.randn(2, 3, 9, 8)
+    with cpu_attention(), torch.autocast("cpu", torch.bfloat16):  # as the text encoders call it
+        F.scaled_dot_product_attention(x, x, x, attn_mask=torch.zeros(9, 9), dropout_p=0.0, scale=1.0, is_causal=False)
+        F.scaled_dot_product_attention(x, x, x, attn_mask=None, dropout_p=0.0, scale=0.5)
     assert calls == []
     outcome(cpu_attention(), torch.bfloat16)
-    assert calls == [torch.bfloat16]
+    with cpu_attention(), torch.autocast("cpu", torch.bfloat16):
+        F.scaled_dot_product_attention(x, x, x, attn_mask=None, dropout_p=0.0)
+    assert calls == [torch.bfloat16, torch.float32]
