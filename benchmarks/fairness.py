@@ -89,6 +89,9 @@ class Book:
     large_last: int = 0
     """Number of the last batch in which the large tenant had steps."""
     large_gaps: list[int] = field(default_factory=list)
+    large_waits: list[float] = field(default_factory=list)
+    """Seconds between two batches in which it had some."""
+    large_since: float = field(default_factory=time.perf_counter)
     ready: dict[int, int] = field(default_factory=dict)
     """Run of the small tenant -> steps that may be claimed."""
     since: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -111,6 +114,8 @@ class Book:
         if by_run.pop(self.large, 0):
             self.large_gaps.append(self.batches - self.large_last - 1)
             self.large_last = self.batches
+            self.large_waits.append(time.perf_counter() - self.large_since)
+            self.large_since = time.perf_counter()
         for run_id, count in by_run.items():
             moment, batches = self.since[run_id]
             self.waits.append((time.perf_counter() - moment, self.batches - batches - 1))
@@ -189,6 +194,8 @@ def measure(url: str, steps: int) -> dict[str, float]:
     return {
         "large_steps": float(steps),
         "large_steps_a_second": pace,
+        "large_wait_seconds_mean": statistics.mean(book.large_waits),
+        "large_wait_seconds_worst": max(book.large_waits),
         "large_batches_worst": float(max(book.large_gaps)),
         "small_wait_seconds_mean": statistics.mean(seconds for seconds, _ in book.waits),
         "small_wait_seconds_worst": max(seconds for seconds, _ in book.waits),

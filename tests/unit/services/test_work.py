@@ -301,6 +301,8 @@ def test_what_lies_where_nothing_may_be_deleted_stops_no_collection(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio.worker().run_until_done(studio.submit())
+    stranger = f"{studio.app.artifact_keys.root}/ab/cd/not-ours.png"
+    studio.app.store.write(stranger, b"somebody else's", media_type="image/png")
     monkeypatch.setattr(studio.app.repository, "orphaned_uploads", lambda: ["file:///elsewhere/objects/a.png"])
     delete = type(studio.app.store).delete
     finished = list(studio.app.repository.artifact_uris())
@@ -314,6 +316,7 @@ def test_what_lies_where_nothing_may_be_deleted_stops_no_collection(
     collected = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0)
     assert (collected.artifacts, collected.orphans) == (len(finished) - 1, 0)
     assert list(studio.app.repository.artifact_uris()) == finished[:1]
+    assert studio.app.store.read(stranger) == b"somebody else's"
 
 
 def test_a_finished_run_leaves_no_more_than_the_size_limit(studio: Studio) -> None:
