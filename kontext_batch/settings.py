@@ -155,6 +155,8 @@ class Settings(BaseSettings):
     """Most steps of one run that are leased at once, over all workers; left out, any number."""
     owner_cap: PositiveInt | None = None
     """Most steps of all runs of one owner that are leased at once."""
+    backlog_limit: PositiveInt = 1000
+    """Pictures of a run that wait to be finished or delivered, above which no more are computed for it."""
     failure_limit: NonNegativeInt | None = None
     """Failed steps above which a run is paused; left out, any number."""
     failure_share: float | None = Field(default=None, ge=0.0, le=1.0)

@@ -205,6 +205,7 @@ class Application:
             content_filter=self.content_filter,
             keep_bytes=self.settings.cache_limit,
             limits=self.limits(),
+            backlog_limit=self.settings.backlog_limit,
         )
 
     def notifier(self) -> Notifier:

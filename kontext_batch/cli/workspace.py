@@ -249,6 +249,7 @@ def beat(
 
                 try:
                     reconcile(application.repository)
+                    application.repository.finish_runs()  # whose last step no worker ended: it was lost once too often
                     application.wake_ups.wake(application.repository.waiting_lanes())
                     for run_id, reason in enforce(application.repository, application.limits()):
                         output.tell(f"run {run_id} is paused: {reason}")

@@ -6,10 +6,11 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.sql import DialectInsert, dialect_insert, in_state
+from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import RunFigures
 
-RUNS, STEPS, USAGE = t.runs.c, t.steps.c, t.run_usage.c
+RUNS, STEPS, USAGE, DELIVERIES = t.runs.c, t.steps.c, t.run_usage.c, t.deliveries.c
 
 
 def run_figures(conn: sa.Connection, run_id: int | None) -> list[RunFigures]:
@@ -34,6 +35,23 @@ def run_figures(conn: sa.Connection, run_id: int | None) -> list[RunFigures]:
         )
         for row in conn.execute(query.where(wanted).order_by(RUNS.id))
     ]
+
+
+def backlogged_runs(conn: sa.Connection, limit: int) -> list[int]:
+    """Running runs with more ready steps of Pillow and pending deliveries than that; no more of them are counted."""
+    # Equality in two halves, so that PostgreSQL goes by the index that has these rows together: see `runs.finishable`.
+    of_lane = STEPS.lane >= OPERATIONS_LANE, STEPS.lane <= OPERATIONS_LANE
+    steps = sa.select(STEPS.id).where(STEPS.run_id == RUNS.id, *of_lane, in_state(STEPS.state, StepState.READY))
+    pending = DELIVERIES.state >= "pending", DELIVERIES.state <= "pending"
+    deliveries = sa.select(DELIVERIES.id).where(DELIVERIES.run_id == RUNS.id, *pending)
+    waiting = _number(steps.order_by(STEPS.lane), limit) + _number(deliveries.order_by(DELIVERIES.state), limit)
+    return list(conn.scalars(sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, waiting > limit)))
+
+
+def _number(rows: sa.Select[tuple[int]], limit: int) -> sa.ScalarSelect[int]:
+    """How many rows of the run of the enclosing statement there are, one above `limit` at most."""
+    found = rows.limit(limit + 1).correlate(t.runs).subquery()
+    return sa.select(sa.func.count()).select_from(found).scalar_subquery()
 
 
 def failed_steps() -> sa.ScalarSelect[int]:

@@ -127,6 +127,9 @@ class SqlRepository:
     def run_figures(self, run_id: int | None = None) -> Sequence[RunFigures]:
         return self._db.read(limits.run_figures, run_id)
 
+    def backlogged_runs(self, limit: int) -> Sequence[int]:
+        return self._db.read(limits.backlogged_runs, limit)
+
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:
         return self._db.write(runs.finish_runs) if self._db.read(runs.finishable) else []
 

@@ -114,6 +114,10 @@ class Repository(Protocol):
         """Of every running run, else of that run whatever its state: what its limits are compared with."""
         ...
 
+    def backlogged_runs(self, limit: int) -> Sequence[int]:
+        """Running runs of which more than `limit` pictures wait for Pillow or to be delivered."""
+        ...
+
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:
         """Give a final state to each open run with no live step and no pending delivery; returns those."""
         ...

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import LeasedStep, Ready, Share
 
 PATIENCE_SECONDS = 30.0
@@ -24,6 +25,8 @@ class Turns:
     run_cap: int | None = None
     """Most steps of one run that are leased at once, over all workers."""
     owner_cap: int | None = None
+    backlogged: frozenset[int] = frozenset()
+    """Runs of which too much waits to be finished or delivered: of their steps those of Pillow alone are taken."""
     patience: float = PATIENCE_SECONDS
     clock: Callable[[], float] = time.monotonic
     _lane: str | None = None
@@ -55,7 +58,11 @@ class Turns:
             known |= {("lane", each.lane) for each in ready}
             known |= {("run", each.run_id) for each in ready}
             self._served = {name: turn for name, turn in self._served.items() if name in known}
-        served = [each for each in ready if self.serves(each.lane)]
+        served = [
+            each
+            for each in ready
+            if self.serves(each.lane) and (each.lane == OPERATIONS_LANE or each.run_id not in self.backlogged)
+        ]
         return [
             Share(
                 each.run_id,

@@ -43,7 +43,7 @@ from kontext_batch.services.turns import Turns
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-"""Between two looks at how a run stands: it takes 25 ms at 100,000 steps."""
+"""Between two looks at how a run stands: it takes some 40 ms at 100,000 steps (benchmarks/control_plane.py)."""
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 TURN_SECONDS = 20.0
@@ -127,6 +127,8 @@ class Worker:
     """Beats with each claim and each denoise step."""
     limits: Limits = field(default_factory=Limits)
     """Above which a run is paused."""
+    backlog_limit: int | None = None
+    """Pictures of a run that wait to be finished or delivered, above which no more are computed for it."""
     orders: Orders = field(default_factory=Orders)
     """What the heartbeat has found that this worker is told."""
     orders_seconds: float = ORDERS_SECONDS
@@ -187,8 +189,7 @@ class Worker:
                 if worked and time.monotonic() < look_again:
                     continue
                 look_again = time.monotonic() + LOOK_SECONDS
-                self.repository.finish_runs()
-                enforce(self.repository, self.limits)
+                self._look()
                 summary = self.repository.run(run_id)
                 if on_progress is not None:
                     on_progress(summary)
@@ -257,12 +258,21 @@ class Worker:
                 found = found or again
                 if not again or time.monotonic() >= look_again:
                     look_again = time.monotonic() + LOOK_SECONDS
-                    self.repository.finish_runs()
-                    enforce(self.repository, self.limits)
+                    self._look()
                 if again and time.monotonic() >= end:
                     self.wake_ups.wake({self.turns.lane or OPERATIONS_LANE: 1})
                     break
         return found
+
+    def _look(self) -> None:
+        """What is due each second or so, and not with each batch."""
+        self.repository.finish_runs()
+        enforce(self.repository, self.limits)
+        if self.backlog_limit is not None and self.has_device:
+            found = frozenset(self.repository.backlogged_runs(self.backlog_limit))
+            for run_id in sorted(found - self.turns.backlogged):
+                log.warning("run held back: too much of it waits to be finished or delivered", run=run_id)
+            self.turns.backlogged = found
 
     def deliver(self, *, run_id: int | None = None) -> int:
         """Bring some of what is finished, where that is this worker's business; returns how many are settled."""

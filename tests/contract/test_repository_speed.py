@@ -40,6 +40,12 @@ def work_batch(repository: SqlRepository, *, run_id: int | None = None) -> int:
     return len(steps)
 
 
+def work_off_another(repository: SqlRepository) -> None:
+    """A small run beside the large one whose end nobody has noticed yet."""
+    small = submit(repository, make_plan({"only": []}))
+    assert work_batch(repository, run_id=small) == 1
+
+
 @contextmanager
 def listening(repository: SqlRepository) -> Iterator[list[tuple[str, Any]]]:
     """The statements that the repository sends, with their parameters; BEGIN and COMMIT too."""
@@ -79,8 +85,10 @@ def test_no_hot_statement_reads_a_table_whole(sqlite_url: str) -> None:
     repository = SqlRepository(sqlite_url)
     repository.register_worker(worker())
     run_id = submit(repository, wide_plan(200))
+    work_off_another(repository)
     work_batch(repository)
     with listening(repository) as said:
+        repository.backlogged_runs(3)
         steps = repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id)
         repository.intend_uploads([(artifact_of(step).uri, step.id, step.token) for step in steps])
         repository.extend_leases("w1", LEASE)
@@ -109,12 +117,14 @@ def test_postgresql_finds_work_and_ends_by_index_in_a_large_run(postgres_url: st
     repository = SqlRepository(postgres_url)
     repository.register_worker(worker())
     run_id = submit(repository, wide_plan(5000))
+    work_off_another(repository)
     work_batch(repository)
     with listening(repository) as said:
         repository.waiting_lanes()
+        repository.backlogged_runs(3)
         repository.claim("w1", limit=8, lease_seconds=LEASE, ranking=Turns())
         repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id, ranking=Turns())
-        repository.finish_runs()
+        assert repository.finish_runs()
     queries = [each for each in said if each[0].startswith(("SELECT", "WITH RECURSIVE")) and "steps" in each[0]]
     with repository._db._reading.begin() as conn:
         plans = [

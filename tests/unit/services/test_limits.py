@@ -98,11 +98,35 @@ def test_a_worker_pauses_a_run_in_which_too_much_fails(studio: Studio) -> None:
     assert len(studio.editor.jobs) == 1
 
 
+def test_a_run_whose_pictures_are_not_brought_gets_no_more_until_they_are(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps of Pillow go on, and nothing of it is lost: it goes on when its outputs have been brought."""
+    worker, run_id = studio.worker(batch_rows=1), studio.submit()
+    worker.backlog_limit = 2
+    repository = studio.app.repository
+    monkeypatch.setattr(Worker, "deliver", lambda self, *, run_id=None: 0)
+    monkeypatch.setattr("kontext_batch.services.work.LOOK_SECONDS", 0.0)
+    with worker.registered():
+        while worker.turn():
+            pass
+        waiting = len(repository.pending_deliveries(run_id))
+        edits = len(studio.editor.jobs)
+        assert waiting == 3, "one above the limit"
+        assert repository.run(run_id).steps[StepState.READY] > 0
+        assert not worker.turn()
+        assert len(studio.editor.jobs) == edits
+    monkeypatch.undo()
+    summary = studio.worker(batch_rows=1).run_until_done(run_id)
+    assert summary.state is RunState.DONE
+
+
 def test_the_settings_reach_the_worker(studio: Studio) -> None:
-    studio.app.settings = Settings(run_cap=3, owner_cap=5, failure_limit=7, failure_share=0.5)
+    studio.app.settings = Settings(run_cap=3, owner_cap=5, failure_limit=7, failure_share=0.5, backlog_limit=9)
     worker = studio.app.worker()
     assert (worker.turns.run_cap, worker.turns.owner_cap) == (3, 5)
     assert worker.limits == Limits(failures=7, share=0.5)
+    assert worker.backlog_limit == 9
 
 
 def test_the_heartbeat_extends_leases_and_asks_for_orders(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
