@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kontext_batch.errors import SettingsError
 from kontext_batch.planning.inbox import Place
@@ -13,6 +15,9 @@ from kontext_batch.ports import ObjectEvents, WakeUps
 from kontext_batch.settings import Settings
 from kontext_batch.storage.router import StoreRouter, open_store
 from kontext_batch.storage.uris import file_path, file_uri
+
+if TYPE_CHECKING:
+    from kontext_batch.storage.events import SqsEvents
 
 
 class NoWakeUps:
@@ -37,23 +42,49 @@ class CommandFilter:
         """Raises `SettingsError` when the command cannot be run: nothing is delivered unseen."""
         try:
             done = subprocess.run(["sh", "-c", self.command], input=data, capture_output=True, timeout=self.timeout)
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired as error:
+            raise SettingsError(f"content_filter: no answer within {self.timeout:g} seconds") from error
+        except OSError as error:
             raise SettingsError(f"content_filter: {error}") from error
         if done.returncode in (126, 127):
             raise SettingsError(f"content_filter: {done.stderr.decode(errors='replace').strip()}")
         return done.returncode == 0
+
+    def allows_grey(self) -> bool:
+        """Try it with a picture that nobody can object to. Raises what `allows` raises."""
+        from PIL import Image
+
+        picture = io.BytesIO()
+        Image.new("RGB", (512, 512), "grey").save(picture, "PNG")
+        return self.allows(picture.getvalue())
 
 
 def store_of(settings: Settings, readable: Iterable[str], writable: Iterable[str]) -> StoreRouter:
     return open_store(readable, writable, s3_endpoint=settings.s3_endpoint, s3_region=settings.s3_region)
 
 
+def honours_conditional_writes(settings: Settings, place: str) -> bool:
+    """Whether the server of an `s3:` place honours `If-None-Match`, tried there. Raises what `write` raises."""
+    from kontext_batch.storage.s3 import S3Store, make_client  # here, as boto3 is in `open_store`
+
+    client = make_client(endpoint=settings.s3_endpoint, region=settings.s3_region)
+    return S3Store(client, (), [place]).supports_conditional_writes(place)
+
+
 def events_of(settings: Settings) -> ObjectEvents | None:
-    if settings.inbox_queue is None:
-        return None
+    """Raises `SettingsError` for a setting that is no URL of a queue."""
+    return None if settings.inbox_queue is None else _queue(settings.inbox_queue, settings)
+
+
+def check_queue(settings: Settings, url: str) -> None:
+    """Ask the queue at `url`, and take nothing out of it. Raises `SettingsError`, `InfrastructureError`."""
+    _queue(url, settings).check()
+
+
+def _queue(url: str, settings: Settings) -> SqsEvents:
     from kontext_batch.storage.events import SqsEvents  # here, as boto3 is in `open_store`
 
-    return SqsEvents(settings.inbox_queue, region=settings.s3_region)
+    return SqsEvents(url, region=settings.s3_region)
 
 
 def wake_ups_of(settings: Settings) -> WakeUps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kontext_batch.settings import Settings
 
 TOKEN_VARIABLE = "KONTEXT_BATCH_TOKEN"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -48,19 +50,33 @@ def user() -> str:
 
 
 def _named(file: Path | None, token: str) -> str:
-    import yaml
-
     if file is None:
         raise SettingsError(f"{TOKEN_VARIABLE} is given, but the setting tokens_file names no file that knows it")
-    try:
-        # Every value is text: a hash such as 12e4... would else be a number.
-        known = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"tokens_file {file}: not readable as YAML ({type(error).__name__})") from error
-    name = known.get(hashlib.sha256(token.encode()).hexdigest()) if isinstance(known, dict) else None
-    if not isinstance(name, str) or not name:
+    name = read_tokens(file)[0].get(hashlib.sha256(token.encode()).hexdigest())
+    if name is None:
         raise SettingsError(f"the token in {TOKEN_VARIABLE} is none of those that {file} names by their sha256")
     return name
+
+
+def read_tokens(file: Path) -> tuple[dict[str, str], list[int]]:
+    """Names by the sha256 of their tokens, and the numbers of lines that are no such thing. Raises `SettingsError`."""
+    import yaml
+
+    try:
+        # Nodes, where every value is text: a hash such as 12e4... would else be a number.
+        found = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"tokens_file {file}: not readable as YAML ({type(error).__name__})") from error
+    if not isinstance(found, yaml.MappingNode | None):
+        raise SettingsError(f"tokens_file {file}: lines `SHA256: NAME` are expected")
+    names: dict[str, str] = {}
+    faulty: list[int] = []
+    for sha256, name in [] if found is None else found.value:
+        if _SHA256.fullmatch(str(sha256.value)) and isinstance(name, yaml.ScalarNode) and name.value:
+            names[sha256.value] = name.value
+        else:
+            faulty.append(sha256.start_mark.line + 1)
+    return names, faulty
 
 
 def confirm(question: str, *, yes: bool) -> None:

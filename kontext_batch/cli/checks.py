@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kontext_batch.errors import InfrastructureError, KontextBatchError
+from kontext_batch.errors import InfrastructureError, KontextBatchError, SettingsError
+from kontext_batch.observability.masking import mask
 
 if TYPE_CHECKING:
     from kontext_batch.settings import Settings
@@ -27,7 +28,9 @@ class Check:
     ok: bool
     found: str
     advice: str = ""
-    """What to do when it is not ok."""
+    """What to do when it is not ok, or warned of."""
+    warned: bool = False
+    """It works, within limits that somebody should know of."""
 
 
 def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
@@ -41,7 +44,7 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     try:
         settings = load_settings()
     except KontextBatchError as error:
-        yield Check("settings", False, str(error), "mend the file or the variable that it names")
+        yield Check("settings", False, mask(str(error)), "mend the file or the variable that it names")
         return
     yield Check("settings", True, "sound")
     unmade = not named and not os.path.lexists(workspace)
@@ -62,12 +65,18 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if usable or settings.database_url is not None:
         yield _database(settings.database_url or f"sqlite:///{workspace / DATABASE}")
     if usable or settings.objects is not None:
-        yield _store(settings, workspace)
+        yield from _store(settings, workspace)
     if settings.database_url is not None:
         yield _shared(settings)
     if settings.broker_url is not None:
         yield _broker(settings.broker_url)
     yield from _inboxes(settings)
+    if settings.inbox_queue is not None:
+        yield _queue(settings, settings.inbox_queue)
+    if settings.content_filter:
+        yield _filter(settings.content_filter)
+    if settings.tokens_file is not None:
+        yield _tokens(settings.tokens_file)
     yield from _webhooks(settings)
     if settings.metrics_port:
         yield _metrics_port(settings.metrics_host, settings.metrics_port)
@@ -98,7 +107,7 @@ def _write_to(settings: Settings, place: str) -> StoreRouter:
     return store
 
 
-def _store(settings: Settings, workspace: Path) -> Check:
+def _store(settings: Settings, workspace: Path) -> Iterator[Check]:
     from kontext_batch.bootstrap import prefix_uri
     from kontext_batch.storage.uris import file_uri
 
@@ -106,8 +115,31 @@ def _store(settings: Settings, workspace: Path) -> Check:
     try:
         _write_to(settings, place)
     except KontextBatchError as error:
-        return Check("store", False, str(error), "see that the place is there and may be written to")
-    return Check("store", True, f"{place} can be written to")
+        yield Check("store", False, mask(str(error)), "see that the place is there and may be written to")
+        return
+    yield Check("store", True, f"{place} can be written to")
+    if place.startswith("s3:"):
+        yield _conditional_writes(settings, place)
+
+
+def _conditional_writes(settings: Settings, place: str) -> Check:
+    """Pictures of steps are safe without: they are named by their bytes. What is delivered is not."""
+    from kontext_batch.bootstrap.adapters import honours_conditional_writes
+
+    name = "conditional writes"
+    try:
+        if honours_conditional_writes(settings, place):
+            return Check(name, True, "the server honours If-None-Match")
+    except KontextBatchError as error:
+        return Check(name, False, mask(str(error)), "see that the server takes a put with If-None-Match")
+    return Check(
+        name,
+        True,
+        "the server ignores If-None-Match: of two deliveries to one new path at the same moment one is lost, "
+        "whatever if_exists says",
+        "let no two runs deliver to the same path at once, or take a server that honours it",
+        warned=True,
+    )
 
 
 def _shared(settings: Settings) -> Check:
@@ -139,9 +171,55 @@ def _inboxes(settings: Settings) -> Iterator[Check]:
         try:
             next(_write_to(settings, place.prefix).list(place.prefix), None)
         except KontextBatchError as error:
-            yield Check(f"inbox of {place.owner}", False, str(error), "answers are written there: let it be written to")
+            advice = "answers are written there: let it be written to"
+            yield Check(f"inbox of {place.owner}", False, mask(str(error)), advice)
         else:
             yield Check(f"inbox of {place.owner}", True, f"{place.prefix} can be read and written to")
+
+
+def _queue(settings: Settings, url: str) -> Check:
+    from kontext_batch.bootstrap.adapters import check_queue
+
+    name, advice = (
+        "inbox queue",
+        "see that it is there and that these credentials may receive from it; beats only list now",
+    )
+    try:
+        check_queue(settings, url)
+    except SettingsError as error:
+        return Check(name, False, mask(str(error)), "set inbox_queue to the URL that SQS shows for the queue")
+    except KontextBatchError as error:
+        return Check(name, False, mask(str(error)), advice)
+    return Check(name, True, f"{mask(url)} answers")
+
+
+def _filter(command: str) -> Check:
+    """The command itself is not told: it may hold a key."""
+    from kontext_batch.bootstrap.adapters import CommandFilter
+
+    name = "content filter"
+    advice = "try the command by hand: `COMMAND <picture.png; echo $?` says 0 for what is allowed"
+    try:
+        allowed = CommandFilter(command).allows_grey()
+    except KontextBatchError as error:
+        return Check(name, False, mask(str(error)), f"nothing is delivered until it runs; {advice}")
+    if allowed:
+        return Check(name, True, "allows a plain grey picture")
+    return Check(name, True, "runs, and does not allow a plain grey picture", advice, warned=True)
+
+
+def _tokens(file: Path) -> Check:
+    from kontext_batch.cli.acting import read_tokens
+
+    name, advice = "tokens", "write a line `SHA256: NAME` for each token, in a file that whoever runs commands may read"
+    try:
+        names, faulty = read_tokens(file)
+    except KontextBatchError as error:
+        return Check(name, False, str(error), advice)
+    if faulty:
+        lines = ", ".join(map(str, faulty))
+        return Check(name, False, f"{file}: no sha256 with a name in line {lines}", advice)
+    return Check(name, True, f"{file} names {len(names)}")
 
 
 def _webhooks(settings: Settings) -> Iterator[Check]:

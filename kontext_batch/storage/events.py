@@ -14,7 +14,7 @@ import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from kontext_batch.errors import InfrastructureError
+from kontext_batch.errors import InfrastructureError, SettingsError
 from kontext_batch.ports import Notice
 from kontext_batch.storage.uris import s3_uri
 
@@ -30,16 +30,27 @@ class SqsEvents:
     """`ports.ObjectEvents` of a queue that buckets, or a topic before it, send `s3:ObjectCreated:*` to."""
 
     def __init__(self, queue_url: str, *, region: str | None = None) -> None:
-        """The queue's host is asked, whichever it is. `region`: for a queue whose URL does not tell it."""
+        """The queue's host is asked, whichever it is. `region`: for a queue whose URL does not tell it.
+
+        Raises `SettingsError` for what is no queue's URL.
+        """
         self._url = queue_url
-        place = urlsplit(queue_url)
-        told = re.match(r"sqs\.([a-z0-9-]+)\.", place.hostname or "")
-        self._client: Any = boto3.client(
-            "sqs",
-            endpoint_url=f"{place.scheme}://{place.netloc}",
-            region_name=told[1] if told else region or "us-east-1",
-            config=Config(retries={"mode": "standard", "max_attempts": 3}, connect_timeout=5, read_timeout=20),
-        )
+        try:
+            place = urlsplit(queue_url)
+            host = place.hostname
+            if place.scheme not in ("http", "https") or not host or place.port == 0 or not place.path.strip("/"):
+                raise ValueError
+            told = re.match(r"sqs\.([a-z0-9-]+)\.", host)
+            self._client: Any = boto3.client(
+                "sqs",
+                endpoint_url=f"{place.scheme}://{place.netloc}",
+                region_name=told[1] if told else region or "us-east-1",
+                config=Config(retries={"mode": "standard", "max_attempts": 3}, connect_timeout=5, read_timeout=20),
+            )
+        except BotoCoreError as error:  # of the region, or of what boto3 reads by itself
+            raise SettingsError(f"inbox_queue: {error}") from error
+        except ValueError as error:  # untold: what it cites may be a part of a password
+            raise SettingsError("inbox_queue is no URL of a queue: https://HOST/ACCOUNT/NAME is expected") from error
 
     def receive(self) -> Sequence[Notice]:
         notices: list[Notice] = []
@@ -51,6 +62,14 @@ class SqsEvents:
             if not messages:
                 break
         return notices
+
+    def check(self) -> None:
+        """Receive as a beat does, and take nothing: a message that comes may be received by the next at once.
+
+        Raises `InfrastructureError`.
+        """
+        with _errors(self._url):
+            self._client.receive_message(QueueUrl=self._url, MaxNumberOfMessages=1, VisibilityTimeout=0)
 
     def forget(self, notices: Sequence[Notice]) -> None:
         for start in range(0, len(notices), BATCH):
