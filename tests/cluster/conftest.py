@@ -14,7 +14,7 @@ from kombu import Connection
 
 from tests import servers
 from tests.acceptance.conftest import base_environment, models_file, small_model
-from tests.cluster.installation import BUCKET, Cluster, connect, picture, settings_for
+from tests.cluster.installation import Cluster, connect, picture, settings_for
 from tests.contract.database import postgres_server, postgres_template, postgres_url
 
 __all__ = ["models_file", "postgres_server", "postgres_template", "postgres_url", "small_model"]
@@ -45,14 +45,14 @@ def cluster(
 ) -> Iterator[Cluster]:
     place = f"{os.getpid()}-{next(NUMBERS)}"
     client = connect(s3_url)
-    for name, colour in (("mug", "red"), ("bag", "blue")):
-        client.put_object(Bucket=BUCKET, Key=f"{place}/photos/{name}.png", Body=picture(colour))
     environment = {
         **base_environment(models_file),
         **settings_for(place, database_url=postgres_url, broker_url=broker_url, s3_url=s3_url),
         "KONTEXT_BATCH_QUEUE_PREFIX": queue_prefix,
     }
     made = Cluster(tmp_path, place, client, environment)
+    for name, colour in (("mug", "red"), ("bag", "blue")):
+        made.put(f"photos/{name}.png", picture(colour))
     yield made
     for process in made.started:
         if process.poll() is None:

@@ -120,13 +120,25 @@ class Cluster:
         self.wait_for(lambda: any(each.id not in before for each in self.workers()), process)
         return process
 
+    def put(self, name: str, data: bytes) -> None:
+        """Into the installation's folder of the bucket."""
+        self.s3.put_object(Bucket=BUCKET, Key=f"{self.place}/{name}", Body=data)
+
+    def read(self, name: str) -> bytes:
+        return self.s3.get_object(Bucket=BUCKET, Key=f"{self.place}/{name}")["Body"].read()
+
+    def names(self, folder: str) -> list[str]:
+        """What lies below a folder, with the folder's name."""
+        listed = self.s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{self.place}/{folder}/")
+        return sorted(each["Key"].removeprefix(f"{self.place}/") for each in listed.get("Contents", []))
+
     def submit(self, *, steps: int = 2, place: str = "deep snow") -> int:
         """A run of the recipe in the bucket; `place` is where the second scene plays."""
         body = RECIPE.replace("STEPS", str(steps)).replace("OUT", f"{self.uri}/out").replace("deep snow", place)
         return self.submit_text(body)
 
     def submit_text(self, body: str) -> int:
-        self.s3.put_object(Bucket=BUCKET, Key=f"{self.place}/shop.yaml", Body=body.encode())
+        self.put("shop.yaml", body.encode())
         done = self.run("submit", f"{self.uri}/shop.yaml", "--json")
         assert done.code == 0, done.err
         return int(next(event["run"] for event in done.events if event["event"] == "submitted"))
@@ -163,8 +175,7 @@ class Cluster:
         return self.states(run_id).get(StepState.LEASED, 0) > 0
 
     def outputs(self) -> list[str]:
-        listed = self.s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{self.place}/out/")
-        return sorted(each["Key"].removeprefix(f"{self.place}/") for each in listed.get("Contents", []))
+        return self.names("out")
 
     def outcomes(self, run_id: int) -> list[list[str | None]]:
         """For each step of the run, how its attempts ended."""
