@@ -109,10 +109,14 @@ def test_what_destroys_is_asked_about(studio: Path, capsys: pytest.CaptureFixtur
     assert main.main(["run", "sizes.yaml"]) == 0
     assert main.main(["submit", "sizes.yaml", "--limit", "1"]) == 0
     assert main.main(["submit", "sizes.yaml", "--limit", "2"]) == 0
-    for command in ("gc --keep-bytes 0", "runs cancel 2 3", "workers drain --all"):
+    kept, *_ = sorted((studio / "kontext-out" / "objects").rglob("*.png"))
+    away = kept.rename(studio / kept.name)
+    for command in ("gc --keep-bytes 0", "runs cancel 2 3", "workers drain --all", "db verify --objects --forget"):
         capsys.readouterr()
         assert main.main(command.split()) == 2, command
         assert "say --yes" in " ".join(capsys.readouterr().err.split())
+    away.rename(kept)
+    assert main.main(["db", "verify", "--objects", "--forget"]) == 0, "nothing was forgotten, and nothing is now"
     assert len(list((studio / "kontext-out" / "objects").rglob("*.png"))) == 4
     assert main.main(["runs", "cancel", "2", "3", "--yes"]) == 0
     assert main.main(["gc", "--keep-bytes", "0", "-y"]) == 0
