@@ -136,8 +136,8 @@ def verify(
         missing, unknown = compare_store(application.repository, application.store, prefix) if objects else ([], [])
         if forget and (lost := [name.sha256 for name in map(application.artifact_keys.parse, missing) if name]):
             confirm(f"{len(lost)} missing objects will be forgotten; what needs them is made again.", yes=yes)
-            for sha256 in lost:
-                application.repository.lost_artifact(sha256)
+            by = act(application.settings, "db verify", forget=True, artifacts=len(lost))
+            application.repository.lost_artifacts(lost, by=by)
     if as_json:
         output.say_json({"broken": broken, "missing": missing, "unknown": unknown})
     else:
