@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import act
 
 app = typer.Typer(name="inbox", help="Recipes that were dropped.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -54,5 +55,5 @@ def retry(
     if isinstance(which, str) and "://" not in which:
         which = file_uri(os.path.abspath(which))
     with common.opened(workspace) as application:
-        row = application.repository.retry_drop(which)
+        row = application.repository.retry_drop(which, by=act(application.settings, "inbox retry"))
     output.say(f"drop {row.id} is looked at again: {row.uri}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kontext_batch.cli import common, output
+from kontext_batch.cli.acting import act
 from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ def link(
         if not rows:
             raise ObjectNotFound(f"{step}: there is no picture yet; `steps show` says how the step stands")
         links = [(row, application.store.link(row.artifact.uri, seconds=expires)) for row in rows if row.artifact]
+        # Before anybody has a link; the link itself is a credential and is kept nowhere.
+        by = act(application.settings, "steps link", seconds=expires)
+        application.repository.note(by, *(f"step:{row.id}" for row in rows))
     if as_json:
         output.say_json([{"step": row.id, "node": row.node, "link": url, "seconds": expires} for row, url in links])
         return

@@ -123,9 +123,12 @@ def verify(
     forget: Annotated[
         bool, typer.Option("--forget", help="Let what is missing be made again when a run wants it; with --objects.")
     ] = False,
+    yes: YesOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Whether the database keeps its own rules, and the store what the database names. Exit code 1 when it does not.
+
+    What is missing is forgotten only when you say so, or with --yes.
 
     Example: kontext-batch db verify --objects
     """
@@ -137,8 +140,10 @@ def verify(
         broken = application.repository.verify()
         prefix = application.artifact_keys.prefix
         missing, unknown = compare_store(application.repository, application.store, prefix) if objects else ([], [])
-        for name in filter(None, map(application.artifact_keys.parse, missing if forget else ())):
-            application.repository.lost_artifact(name.sha256)
+        if forget and (lost := [name.sha256 for name in map(application.artifact_keys.parse, missing) if name]):
+            confirm(f"{len(lost)} missing objects will be forgotten; what needs them is made again.", yes=yes)
+            by = act(application.settings, "db verify", forget=True, artifacts=len(lost))
+            application.repository.lost_artifacts(lost, by=by)
     if as_json:
         output.say_json({"broken": broken, "missing": missing, "unknown": unknown})
     else:

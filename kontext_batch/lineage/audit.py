@@ -35,17 +35,19 @@ def acted(
     return result
 
 
-def note(conn: sa.Connection, by: Act, subject: str) -> None:
-    conn.execute(
-        sa.insert(t.audit).values(
-            at=now(),
-            who=stored_text(by.who),
-            via=by.via,
-            action=by.action,
-            subject=stored_text(subject),
-            details=dict(by.details),
+def note(conn: sa.Connection, by: Act, *subjects: str) -> None:
+    """A row for each subject."""
+    for subject in subjects:
+        conn.execute(
+            sa.insert(t.audit).values(
+                at=now(),
+                who=stored_text(by.who),
+                via=by.via,
+                action=by.action,
+                subject=stored_text(subject),
+                details=dict(by.details),
+            )
         )
-    )
 
 
 def audit(conn: sa.Connection, *, subject: str | None, limit: int) -> list[AuditRow]:

@@ -8,14 +8,14 @@ the database names it as garbage still; the next collection deletes it once more
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import open_run
-from kontext_batch.lineage.sql import exists, in_state, now
+from kontext_batch.lineage.sql import among, exists, in_state, now
 from kontext_batch.planning.states import LIVE
 from kontext_batch.ports import Artifact
 
@@ -82,6 +82,13 @@ def lost_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> No
     )
     if uri is not None:
         _delete_unless_announced(conn, uri, delete)
+
+
+def lost_artifacts(conn: sa.Connection, sha256s: Sequence[str]) -> bool:
+    """`lost_artifact` of many whose objects are gone already; False when nobody kept any of them."""
+    lock_graph(conn, alone=True)
+    kept = (among(ARTIFACTS.sha256, sha256s), ARTIFACTS.collected_at.is_(None))
+    return bool(conn.execute(sa.update(t.artifacts).where(*kept).values(collected_at=now())).rowcount)
 
 
 def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:

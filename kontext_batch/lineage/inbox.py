@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from kontext_batch.errors import ObjectNotFound, SettingsError
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.audit import acted
 from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.runs import cancel_run
 from kontext_batch.lineage.sql import among, dialect_insert, now, now_plus, stored_text
@@ -26,6 +27,7 @@ from kontext_batch.planning.inbox import (
     DropState,
     NewDrop,
 )
+from kontext_batch.ports import Act
 
 INBOX, RUNS = t.inbox.c, t.runs.c
 S = DropState
@@ -223,7 +225,8 @@ def cancel_drops(conn: sa.Connection, cancels: Sequence[Cancel]) -> list[int]:
         asked = by_stem[row.stem]
         if row.cancelled_by == asked.mark or row.modified > asked.modified:
             continue
-        cancel_run(conn, row.run_id)
+        by = Act(asked.owner, "inbox", "runs cancel", {"file": asked.uri})
+        acted(conn, by, f"run:{row.run_id}", cancel_run, row.run_id)
         noted = sa.update(t.inbox).where(INBOX.id == row.id)
         conn.execute(noted.values(cancelled_by=asked.mark))
         conn.execute(noted.where(INBOX.state == S.ACCEPTED).values(claimed_until=now()))
@@ -257,6 +260,11 @@ def retry_drop(conn: sa.Connection, drop: int | str) -> DropRow:
         .values(state=S.CLAIMED, token=INBOX.token + 1, tries=0, error=None, claimed_until=now())
     )
     return row
+
+
+def subject(row: DropRow) -> str:
+    """How records of acts name it."""
+    return f"drop:{row.id}"
 
 
 def _row(row: sa.Row[Any]) -> DropRow:

@@ -216,8 +216,8 @@ class SqlRepository:
     def drops(self, *, limit: int = 50) -> Sequence[DropRow]:
         return self._db.read(inbox.drops, limit=limit)
 
-    def retry_drop(self, drop: int | str) -> DropRow:
-        return self._db.write(inbox.retry_drop, drop)
+    def retry_drop(self, drop: int | str, *, by: Act | None = None) -> DropRow:
+        return self._db.write(audit.acted, by, inbox.subject, inbox.retry_drop, drop)
 
     # ---- events
 
@@ -365,8 +365,8 @@ class SqlRepository:
 
     # ---- acts of people
 
-    def note(self, by: Act, subject: str) -> None:
-        self._db.write(audit.note, by, subject)
+    def note(self, by: Act, *subjects: str) -> None:
+        self._db.write(audit.note, by, *subjects)
 
     def audit(self, *, subject: str | None = None, limit: int = 50) -> Sequence[AuditRow]:
         return self._db.read(audit.audit, subject=subject, limit=limit)
@@ -384,6 +384,9 @@ class SqlRepository:
 
     def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
         self._db.write(garbage.lost_artifact, sha256, delete)
+
+    def lost_artifacts(self, sha256s: Sequence[str], *, by: Act | None = None) -> bool:
+        return self._db.write(audit.acted, by, "artifacts", garbage.lost_artifacts, sha256s)
 
     def artifact_elsewhere(self, prefix: str) -> str | None:
         """URI of some kept artifact that does not lie under `prefix`; none while a worker is at work."""

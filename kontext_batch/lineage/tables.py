@@ -421,8 +421,8 @@ audit = sa.Table(
     metadata,
     _id(),
     sa.Column("at", UtcTime, nullable=False),
-    sa.Column("who", sa.Text, nullable=False),  # the user of the system, or the name of a token
-    sa.Column("via", sa.Text, nullable=False),  # cli
+    sa.Column("who", sa.Text, nullable=False),  # the user of the system, the name of a token, or the owner of an inbox
+    sa.Column("via", sa.Text, nullable=False),  # cli, cli+token, inbox
     sa.Column("action", sa.Text, nullable=False),  # as the command is called: `runs cancel`
     sa.Column("subject", sa.Text, nullable=False),  # `run:12`, `schedule:nightly`, ...
     sa.Column("details", sa.JSON, nullable=False),

@@ -122,10 +122,16 @@ class DropRow:
 class Cancel:
     """A file `x.cancel`: runs of `x` that were dropped before it are cancelled, once."""
 
-    stem: str
+    uri: str
     mark: str
     """Of this file: another one of the same name cancels again."""
     modified: datetime
+    owner: str
+    """Whose inbox it is."""
+
+    @property
+    def stem(self) -> str:
+        return stem_of(self.uri)
 
 
 @dataclass(frozen=True, slots=True)

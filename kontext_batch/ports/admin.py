@@ -17,9 +17,9 @@ class Act:
     """What a person does, to be written down in the transaction that changes something."""
 
     who: str
-    """The user of the system, or the name of a token."""
+    """The user of the system, the name of a token, or the owner of the inbox that a file was dropped into."""
     via: str
-    """`cli`."""
+    """`cli`, `cli+token` or `inbox`."""
     action: str
     """As the command is called: `runs cancel`."""
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class AuditRow:
     via: str
     action: str
     subject: str
-    """`run:12`, `schedule:nightly`, `worker:gpu1-71-9a0b3c4d`, `artifacts`, ..."""
+    """`run:12`, `schedule:nightly`, `worker:gpu1-71-9a0b3c4d`, `drop:3`, `step:17`, `artifacts`, ..."""
     details: Mapping[str, Any]
 
 

@@ -219,14 +219,17 @@ class Repository(Protocol):
         ...
 
     def cancel_drops(self, cancels: Sequence[Cancel]) -> Sequence[int]:
-        """Cancel the open runs of drops that are no newer than these files; each file does it once. Returns runs."""
+        """Cancel the open runs of drops that are no newer than these files; each file does it once. Returns runs.
+
+        Each is written down as done by the owner of the file's inbox.
+        """
         ...
 
     def drops(self, *, limit: int = 50) -> Sequence[DropRow]:
         """Newest first."""
         ...
 
-    def retry_drop(self, drop: int | str) -> DropRow:
+    def retry_drop(self, drop: int | str, *, by: Act | None = None) -> DropRow:
         """Let a drop without a run be acted on anew, by its number or the newest of a URI; returns it as it was.
 
         Raises `ObjectNotFound`, and `SettingsError` when there is nothing to be tried again.
@@ -412,8 +415,8 @@ class Repository(Protocol):
 
     # ---- acts of people
 
-    def note(self, by: Act, subject: str) -> None:
-        """Write an act down that no other method does: one that spans several, or changes a file."""
+    def note(self, by: Act, *subjects: str) -> None:
+        """Write an act down that no other method does: one that spans several, changes a file, or gives a link."""
         ...
 
     def audit(self, *, subject: str | None = None, limit: int = 50) -> Sequence[AuditRow]:
@@ -444,6 +447,10 @@ class Repository(Protocol):
 
         `delete` as for `forget_artifact`: what is put anew is written only where nothing is.
         """
+        ...
+
+    def lost_artifacts(self, sha256s: Sequence[str], *, by: Act | None = None) -> bool:
+        """As `lost_artifact`, for many whose objects are gone; says whether that changed anything."""
         ...
 
     def orphaned_uploads(self) -> Sequence[str]:

@@ -30,7 +30,7 @@ from kontext_batch.hashing import content_hash, sha256_hex
 from kontext_batch.planning import inbox, uris
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropState, NewDrop, Place
 from kontext_batch.planning.states import OPEN_RUNS, RunState, StepState
-from kontext_batch.ports import Notice, ObjectEvents, ObjectInfo, ObjectStore, Repository, WakeUps
+from kontext_batch.ports import Act, Notice, ObjectEvents, ObjectInfo, ObjectStore, Repository, WakeUps
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.services import answers
 from kontext_batch.services.bundles import Bundle, BundleLimits, is_imported, member_uri
@@ -84,7 +84,7 @@ class Watcher:
         found = {info.uri: info for info in (*self._told(notices), *self._listed())}
         claimed = islice(self._claimed(found.values()), MOST_STARTS)
         started = [self._act(drop, planner) for drop in claimed]
-        self.repository.cancel_drops(list(_cancels(found.values())))
+        self.repository.cancel_drops(list(self._cancels(found.values())))
         if self.events is not None and notices:  # what they told of is in the database, or found by listing
             try:
                 self.events.forget(notices)
@@ -155,6 +155,12 @@ class Watcher:
         for turn in zip_longest(*of_place.values()):
             yield from (each for each in turn if each is not None)
 
+    def _cancels(self, found: Iterable[ObjectInfo]) -> Iterator[Cancel]:
+        for each in found:
+            if inbox.is_cancel(each.uri) and (place := inbox.place_of(each.uri, self.places)) is not None:
+                mark = f"{each.etag} {each.modified.isoformat()}"  # empty files have one ETag
+                yield Cancel(each.uri, mark, each.modified, place.owner)
+
     # ------------------------------------------------------------------------------------------------------- one drop
 
     def _act(self, drop: ClaimedDrop, planner: PlannerOf) -> int | None:
@@ -195,7 +201,8 @@ class Watcher:
         self._answer_drop(drop, inbox.STATUS, answers.status_text(answers.planning_status(uris.file_name(drop.uri))))
         ready, notes = self._planned(drop, place, data, sha256, planner)
         self._answer_drop(drop, inbox.PLAN, answers.plan_text(ready, notes))
-        run_id = submit(self.repository, self.wake_ups, ready, trigger="inbox", drop=(drop.id, drop.token))
+        by = Act(place.owner, "inbox", "submit", {"file": drop.uri})
+        run_id = submit(self.repository, self.wake_ups, ready, trigger="inbox", drop=(drop.id, drop.token), by=by)
         log.info("a drop has a run", drop=drop.uri, run=run_id)
         return run_id
 
@@ -297,10 +304,3 @@ class Watcher:
             self._store(uri).delete(uri)
         except NotAllowed as error:
             log.warning("an old answer cannot be removed", uri=uri, error=str(error))
-
-
-def _cancels(found: Iterable[ObjectInfo]) -> Iterator[Cancel]:
-    for each in found:
-        if inbox.is_cancel(each.uri):
-            mark = f"{each.etag} {each.modified.isoformat()}"  # empty files have one ETag
-            yield Cancel(inbox.stem_of(each.uri), mark, each.modified)

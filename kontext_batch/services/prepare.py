@@ -44,6 +44,8 @@ class Prepared:
     """URI of the recipe, or of the plan file."""
     text: str
     selection: Selection
+    has_schedule: bool
+    """Whether the recipe says when it runs by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ class Planner:
             kept_prefixes=self.kept_prefixes,
         )
         refusals = (*faults, *budget_reasons(plan, done=done), *self._unfiltered(plan), *self._changed(plan, done))
-        return Prepared(plan, explained, refusals, source, text, selection)
+        has_schedule = recipe is not None and recipe.schedule is not None
+        return Prepared(plan, explained, refusals, source, text, selection, has_schedule)
 
     def _changed(self, plan: Plan, done: Set[str]) -> Iterator[str]:
         """Weights that are not those of the keys: other pictures would be kept, and explained, as theirs."""

@@ -345,7 +345,13 @@ def test_an_act_is_written_down_with_what_it_changes(repository: SqlRepository) 
     repository.remove_schedule("n", by=by("schedules remove"))
     repository.drain_workers("w1", by=by("workers drain"))
     repository.note(by("gc"), "artifacts")
+    repository.note(by("steps link"), "step:1", "step:2")
     submit(repository, make_plan({"b": []}))  # by the system
+    [step] = claim(repository)
+    repository.commit(None, [done(step)])
+    for changed in (True, False):
+        assert repository.lost_artifacts([artifact_of(step).sha256, "0" * 64], by=by("db verify")) is changed
+    assert list(repository.artifact_uris()) == []
     rows = list(reversed(repository.audit()))
     assert [(row.action, row.subject) for row in rows] == [
         ("submit", "run:1"),
@@ -359,6 +365,9 @@ def test_an_act_is_written_down_with_what_it_changes(repository: SqlRepository) 
         ("schedules remove", "schedule:n"),
         ("workers drain", "worker:w1"),
         ("gc", "artifacts"),
+        ("steps link", "step:1"),
+        ("steps link", "step:2"),
+        ("db verify", "artifacts"),
     ]
     assert {(row.who, row.via, row.details["of"]) for row in rows} == {("alice", "cli", "test")}
     assert rows[-1].at - rows[0].at < timedelta(minutes=5)

@@ -15,6 +15,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.inbox import Cancel, ClaimedDrop, DropState, NewDrop
 from kontext_batch.planning.states import RunState
+from kontext_batch.ports import Act
 from tests.contract.plans import finish, make_plan, new_run, worker
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -173,29 +174,36 @@ def test_a_run_that_is_retried_is_answered_anew(repository: SqlRepository) -> No
 
 def test_a_cancel_file_cancels_once_what_was_there_before_it(repository: SqlRepository, engine: sa.Engine) -> None:
     run_id = start(repository, claim(repository, found()))
-    stem = found().stem
+    file = "s3://b/in/x.cancel"
     assert repository.cancel_drops([]) == []
-    assert repository.cancel_drops([Cancel("s3://b/in/other", "1", NOON)]) == []
-    assert repository.cancel_drops([Cancel(stem, "1", NOON - timedelta(seconds=1))]) == []
-    assert repository.cancel_drops([Cancel(stem, "1", NOON)]) == [run_id]
+    assert repository.cancel_drops([Cancel("s3://b/in/other.cancel", "1", NOON, "acme")]) == []
+    assert repository.cancel_drops([Cancel(file, "1", NOON - timedelta(seconds=1), "acme")]) == []
+    assert repository.audit() == []
+    assert repository.cancel_drops([Cancel(file, "1", NOON, "acme")]) == [run_id]
+    [row] = repository.audit(subject=f"run:{run_id}")
+    assert (row.who, row.via, row.action, row.details) == ("acme", "inbox", "runs cancel", {"file": file})
     assert repository.run(run_id).state is RunState.CANCELLED
     repository.retry_run(run_id)
-    assert repository.cancel_drops([Cancel(stem, "1", NOON)]) == []  # the file that still lies there
-    assert repository.cancel_drops([Cancel(stem, "2", NOON + timedelta(seconds=1))]) == [run_id]
+    assert repository.cancel_drops([Cancel(file, "1", NOON, "acme")]) == []  # the file that still lies there
+    assert len(repository.audit()) == 1
+    assert repository.cancel_drops([Cancel(file, "2", NOON + timedelta(seconds=1), "acme")]) == [run_id]
     with engine.begin() as conn:
         assert conn.scalar(sa.select(t.inbox.c.cancelled_by)) == "2"
 
 
 def test_a_refused_drop_is_tried_again_when_asked(repository: SqlRepository) -> None:
     drop = claim(repository, found())
+    by = Act("alice", "cli", "inbox retry")
     for which in (drop.id, drop.uri):
         with pytest.raises(SettingsError, match="is claimed: `workers beat` acts on it"):
-            repository.retry_drop(which)
+            repository.retry_drop(which, by=by)
     assert repository.settle_drop(drop.id, drop.token, DropState.REFUSED, "x.yaml:1: no\0table")
     [row] = repository.drops()
     assert (row.state, row.error) == (DropState.REFUSED, "x.yaml:1: no�table")
     assert repository.claimable_drops([(drop.uri, "1")]) == []
-    assert repository.retry_drop(drop.uri).id == drop.id
+    assert repository.audit() == []
+    assert repository.retry_drop(drop.uri, by=by).id == drop.id
+    assert [(row.action, row.subject) for row in repository.audit()] == [("inbox retry", f"drop:{drop.id}")]
     again = repository.claim_lost_drop(seconds=60)
     assert again is not None
     run_id = start(repository, again)

@@ -52,9 +52,15 @@ def test_acts_are_listed_with_who_did_them(studio: Path, capsys: pytest.CaptureF
         "runs cancel 2 --drain",
         "schedules pause sizes",
         "schedules remove sizes --yes",
+        "steps link made --expires 60",
+        "db verify --objects --forget --yes",
         "gc --keep-bytes 0 --yes",
     ):
-        assert main.main([part.replace("+", " ") for part in command.split()]) in (0, 2), command
+        missing = command.startswith("db verify")
+        if missing:
+            next((studio / "kontext-out" / "objects").rglob("*.png")).unlink()
+        code = main.main([part.replace("+", " ") for part in command.split()])
+        assert code in ((1,) if missing else (0, 2)), command
     found = acts(capsys)
     assert [(each["action"], each["subject"]) for each in found] == [
         ("submit", "run:1"),
@@ -68,11 +74,15 @@ def test_acts_are_listed_with_who_did_them(studio: Path, capsys: pytest.CaptureF
         ("runs cancel", "run:2"),
         ("schedules pause", "schedule:sizes"),
         ("schedules remove", "schedule:sizes"),
+        *[("steps link", f"step:{number}") for number in (1, 2, 3, 4)],
+        ("db verify", "artifacts"),
         ("gc", "artifacts"),
     ]
     assert {(each["who"], each["via"]) for each in found} == {(acting.user(), "cli")}
     assert found[2]["details"] == {"priority": 4}
     assert found[8]["details"] == {"drain": True}
+    assert [each["details"] for each in found[11:15]] == [{"seconds": 60}] * 4
+    assert found[15]["details"] == {"forget": True, "artifacts": 1}
     assert [each["action"] for each in acts(capsys, "--run", "2")] == ["schedules run-now", "runs cancel"]
     assert len(acts(capsys, "--limit", "3")) == 3
     assert main.main(["audit", "list"]) == 0
@@ -109,10 +119,14 @@ def test_what_destroys_is_asked_about(studio: Path, capsys: pytest.CaptureFixtur
     assert main.main(["run", "sizes.yaml"]) == 0
     assert main.main(["submit", "sizes.yaml", "--limit", "1"]) == 0
     assert main.main(["submit", "sizes.yaml", "--limit", "2"]) == 0
-    for command in ("gc --keep-bytes 0", "runs cancel 2 3", "workers drain --all"):
+    kept, *_ = sorted((studio / "kontext-out" / "objects").rglob("*.png"))
+    away = kept.rename(studio / kept.name)
+    for command in ("gc --keep-bytes 0", "runs cancel 2 3", "workers drain --all", "db verify --objects --forget"):
         capsys.readouterr()
         assert main.main(command.split()) == 2, command
         assert "say --yes" in " ".join(capsys.readouterr().err.split())
+    away.rename(kept)
+    assert main.main(["db", "verify", "--objects", "--forget"]) == 0, "nothing was forgotten, and nothing is now"
     assert len(list((studio / "kontext-out" / "objects").rglob("*.png"))) == 4
     assert main.main(["runs", "cancel", "2", "3", "--yes"]) == 0
     assert main.main(["gc", "--keep-bytes", "0", "-y"]) == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kontext_batch.cli import main
+from kontext_batch.cli import acting, main
 from kontext_batch.storage.uris import file_uri
 
 COMMAND = [sys.executable, "-m", "kontext_batch.cli.main", "workers"]
@@ -104,6 +104,12 @@ def test_a_beat_and_a_worker_answer_a_dropped_recipe(
             assert "is claimed: `workers beat` acts on it by itself" in told_now.err
     assert main.main(["inbox", "retry", str(inbox / "x.yaml")]) == 2
     assert "`runs retry 1`" in capsys.readouterr().err
+    assert main.main(["audit", "list", "--json"]) == 0
+    retried, started = json.loads(capsys.readouterr().out)
+    assert (retried["who"], retried["via"], retried["action"]) == (acting.user(), "cli", "inbox retry")
+    assert retried["subject"] == f"drop:{by_name['y.yaml']['id']}"
+    assert (started["who"], started["via"]) == ("studio@acme.example", "inbox")
+    assert (started["action"], started["subject"]) == ("submit", "run:1")
 
 
 @pytest.mark.parametrize(

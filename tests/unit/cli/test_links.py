@@ -35,6 +35,13 @@ def test_a_link_to_a_picture_in_a_bucket_expires(in_a_bucket: Path, capsys: pyte
         assert urlsplit(link).path.startswith("/of-acme/objects/")
         assert asked["X-Amz-Expires"] == [str(seconds)]
         assert "open-sesame" not in link
+        signature = asked["X-Amz-Signature"][0]
+        assert main.main(["audit", "list", "--limit", "1", "--json"]) == 0
+        told = capsys.readouterr().out
+        [row] = json.loads(told)
+        assert (row["action"], row["details"]) == ("steps link", {"seconds": seconds})
+        assert signature not in told
+        assert "http" not in told
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "604801", "never"])

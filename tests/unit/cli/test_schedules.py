@@ -46,6 +46,27 @@ def test_a_schedule_of_a_recipe_is_taken_over(studio: Path, capsys: pytest.Captu
     assert all(" 22:00 CE" in line for line in lines)
 
 
+def test_a_schedule_that_nobody_added_is_spoken_of(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "note: it runs now, once; its schedule fires nothing until `kontext-batch schedules add sizes.yaml`\n"
+
+    def told(command: str) -> str:
+        assert main.main(command.split()) == 0
+        captured = capsys.readouterr()
+        assert "note" not in captured.out.replace('"notes"', "")
+        return captured.err
+
+    assert "note" not in told("submit sizes.yaml")
+    recipe = studio / "sizes.yaml"
+    recipe.write_text(recipe.read_text() + SCHEDULE)
+    for command in ("submit sizes.yaml", "run sizes.yaml"):
+        assert told(command).count(note) == 1
+    assert "note" not in told("submit sizes.yaml --json")
+    assert main.main(["schedules", "add", "sizes.yaml"]) == 0
+    capsys.readouterr()
+    for command in ("submit sizes.yaml", "run sizes.yaml", "schedules run-now sizes"):
+        assert "note" not in told(command)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

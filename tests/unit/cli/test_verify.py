@@ -43,7 +43,7 @@ def test_objects_are_compared_with_the_database_both_ways(done: Path, capsys: py
     told = json.loads(capsys.readouterr().out)
     assert (told["missing"], told["unknown"]) == ([lost.as_uri()], [stray.as_uri()])
     assert main.main(["db", "verify", "--forget"]) == 2
-    assert main.main(["db", "verify", "--objects", "--forget"]) == 1
+    assert main.main(["db", "verify", "--objects", "--forget", "--yes"]) == 1
     assert main.main(["run", "sizes.yaml"]) == 0  # is made again, and delivered at once
     capsys.readouterr()
     assert main.main(["db", "verify", "--objects"]) == 0

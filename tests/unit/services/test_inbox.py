@@ -101,6 +101,13 @@ class Desk:
     def names(self) -> list[str]:
         return sorted(file.name for file in self.folder.iterdir())
 
+    def acts(self) -> list[tuple[str, str, str, str, str]]:
+        """Who did what to which run, and by which file, the oldest first."""
+        return [
+            (row.who, row.via, row.action, row.subject, str(row.details["file"]).rpartition("/")[2])
+            for row in reversed(self.repository.audit())
+        ]
+
     def states(self) -> list[DropState]:
         return [row.state for row in reversed(self.repository.drops())]
 
@@ -145,6 +152,7 @@ def test_a_dropped_recipe_runs_and_is_answered(desk: Desk) -> None:
         "studio@acme.example",
         file_uri(desk.folder / "x.yaml"),
     )
+    assert desk.acts() == [("studio@acme.example", "inbox", "submit", f"run:{run_id}", "x.yaml")]
     assert desk.work(run_id) is RunState.DONE
     assert desk.hurry().tick() == []
     assert desk.status()["state"] == "done"
@@ -268,11 +276,17 @@ def test_a_cancel_file_cancels(desk: Desk) -> None:
     assert desk.status()["state"] == "cancelled"
     assert "x.report.html" in desk.names()
     assert desk.states() == [DropState.CANCELLED]
+    acts = [
+        ("studio@acme.example", "inbox", action, f"run:{run_id}", file)
+        for action, file in (("submit", "x.yaml"), ("runs cancel", "x.cancel"))
+    ]
+    assert desk.acts() == acts
     # Tried again by the administrator, it is not cancelled by the file that still lies there.
     desk.repository.retry_run(run_id)
     desk.tick()
     assert desk.status()["state"] == "running"
     assert "x.report.html" not in desk.names()
+    assert desk.acts() == acts
     # A new recipe is none of its business.
     os.utime(desk.folder / "x.cancel", (1, 1))
     desk.drop("x.yaml", desk.recipe.replace("32x32", "16x16"))
@@ -461,6 +475,7 @@ def test_a_watcher_that_was_thought_dead_starts_nothing(desk: Desk, monkeypatch:
     assert desk.app.watcher().tick(slow) == []
     assert len(desk.repository.runs()) == 1
     assert desk.states() == [DropState.ACCEPTED]
+    assert [action for _, _, action, _, _ in desk.acts()] == ["submit"]
 
 
 def test_a_slow_refusal_does_not_lie_over_the_answers_of_a_newer_file(desk: Desk) -> None:
