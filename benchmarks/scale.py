@@ -12,6 +12,7 @@ import heapq
 import json
 import math
 import random
+import statistics
 import sys
 import tempfile
 from collections import deque
@@ -41,7 +42,7 @@ class Costs:
     database_ms: float
     """CPU of PostgreSQL."""
     wait_ms: float
-    """Neither computes: one worker alone, wall less CPU."""
+    """Neither computes: wall less CPU."""
     start_ms: float
     """From the ring of a run until it flows, and from its last step until that is seen; once a run."""
     submit_ms: float
@@ -298,7 +299,7 @@ def limits(costs: Costs, fleet: Fleet, *, peak: float = PEAK) -> list[Limit]:
 
 
 def measure(quick: bool) -> tuple[Costs, tuple[Timed, ...]]:
-    """One worker for the costs; two and four to check them."""
+    """Two workers and half of the longer run for the costs; two and four, and two sizes, to check them."""
     from benchmarks import control_plane, noop
 
     sizes = (1_000, 4_000) if quick else (1_000, 10_000)
@@ -314,33 +315,44 @@ def measure(quick: bool) -> tuple[Costs, tuple[Timed, ...]]:
             others = max(0.0, (busy_cores() - before[0] - ours) / seconds)
             return Timed(workers, len(plan.steps), seconds, max(0.5, CORES - others))
 
-        try:
-            bench.start_workers(1)
-            timed(1, 500)
-            short = min(timed(1, 500, f"-{number}").seconds for number in range(3))
+        def paced(name: str) -> tuple[float, ...]:
+            """CPU of worker and database, wait and log of a step, and the start of a run, with two workers.
+
+            One alone lets the cores fall asleep between its statements and its database's, and costs more.
+            """
+            bench.start_workers(2)
+            timed(2, 500, name)
+            short = min(timed(2, 500, f"{name}-{number}").seconds for number in range(3))
             spent = control_plane.worker_cpu(bench), control_plane.database_cpu(bench)
             logged = bench.value("SELECT pg_current_wal_lsn()::text")
-            long = timed(1, sizes[1] // 2)
+            long = timed(2, sizes[1] // 2, name)
             worker = (control_plane.worker_cpu(bench) - spent[0]) / long.steps
             database = (control_plane.database_cpu(bench) - spent[1]) / long.steps
             wal = float(bench.value("SELECT pg_current_wal_lsn() - CAST(:lsn AS pg_lsn)", lsn=logged)) / long.steps
             few = len(noop.make_plan("", 500).steps)
             slope = (long.seconds - short) / (long.steps - few)
-            costs = replace(
-                MEASURED,
-                worker_ms=1000 * worker,
-                database_ms=1000 * database,
-                wait_ms=max(0.0, 1000 * (slope - worker - database)),
-                start_ms=max(0.0, 1000 * (short - slope * few)),
-                wal_bytes=wal,
-            )
+            bench.stop_workers()
+            wait, start = max(0.0, 2 * slope - worker - database), max(0.0, short - slope * few)
+            return 1000 * worker, 1000 * database, 1000 * wait, 1000 * start, wal
+
+        try:
+            before = paced("before")
             checks: list[Timed] = []
             for workers in (2, 4):
                 bench.start_workers(workers - len(bench.workers))
                 bench.wait(lambda workers=workers: len(bench.repository.workers()) >= workers)  # type: ignore[misc]
                 timed(workers, 500)
-                checks += [timed(workers, steps) for steps in sizes]
+                few_steps = [timed(workers, sizes[0], f"-{number}") for number in range(3)]
+                # A run of a second varies; the longer one has its median within it.
+                checks += [sorted(few_steps, key=lambda each: each.seconds)[1], timed(workers, sizes[1])]
             bench.stop_workers()
+            # Before and after: the machine may have become faster or slower meanwhile.
+            worker, database, wait, start, wal = (
+                statistics.mean(each) for each in zip(before, paced("after"), strict=True)
+            )
+            costs = replace(
+                MEASURED, worker_ms=worker, database_ms=database, wait_ms=wait, start_ms=start, wal_bytes=wal
+            )
         finally:
             bench.close()
     return costs, tuple(checks)
