@@ -55,15 +55,15 @@ class Costs:
 
 
 MEASURED = Costs(
-    worker_ms=1.14,
-    database_ms=0.73,
+    worker_ms=1.15,
+    database_ms=0.91,
     wait_ms=0.0,
     start_ms=0.0,
-    submit_ms=0.12,
-    database_bytes=4170.0,
-    wal_bytes=8550.0,
-    message_bytes=1210.0,
-    ring_ms=11.3,
+    submit_ms=0.07,
+    database_bytes=4256.0,
+    wal_bytes=8722.0,
+    message_bytes=1157.0,
+    ring_ms=9.0,
 )
 """`python -m benchmarks.scale --measure` and `python -m benchmarks.control_plane`, two cores for everything."""
 CORES = 2
@@ -82,10 +82,10 @@ class Timed:
 
 
 CHECKS = (
-    Timed(workers=2, steps=1008, seconds=1.58, cores=1.20),
-    Timed(workers=2, steps=10008, seconds=14.92, cores=1.24),
-    Timed(workers=4, steps=1008, seconds=1.85, cores=1.18),
-    Timed(workers=4, steps=10008, seconds=15.76, cores=1.28),
+    Timed(workers=2, steps=1008, seconds=0.88, cores=1.90),
+    Timed(workers=2, steps=10008, seconds=9.87, cores=1.96),
+    Timed(workers=4, steps=1008, seconds=1.05, cores=1.88),
+    Timed(workers=4, steps=10008, seconds=9.53, cores=1.95),
 )
 """Measured with the same command."""
 
