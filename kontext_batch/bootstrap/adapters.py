@@ -44,10 +44,12 @@ class CommandFilter:
             done = subprocess.run(["sh", "-c", self.command], input=data, capture_output=True, timeout=self.timeout)
         except subprocess.TimeoutExpired as error:
             raise SettingsError(f"content_filter: no answer within {self.timeout:g} seconds") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise SettingsError(f"content_filter: {error}") from error
         if done.returncode in (126, 127):
             raise SettingsError(f"content_filter: {done.stderr.decode(errors='replace').strip()}")
+        if done.returncode < 0:
+            raise SettingsError(f"content_filter: ended by signal {-done.returncode}")
         return done.returncode == 0
 
     def allows_grey(self) -> bool:

@@ -65,7 +65,7 @@ def read_tokens(file: Path) -> tuple[dict[str, str], list[int]]:
     try:
         # Nodes, where every value is text: a hash such as 12e4... would else be a number.
         found = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SettingsError(f"tokens_file {file}: not readable as YAML ({type(error).__name__})") from error
     if not isinstance(found, yaml.MappingNode | None):
         raise SettingsError(f"tokens_file {file}: lines `SHA256: NAME` are expected")

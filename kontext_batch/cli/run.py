@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -285,7 +286,8 @@ def on_signals(act: Callable[[], None]) -> Iterator[None]:
 def _tell_of_schedule(application: Application, ready: Prepared, shown: str) -> None:
     """That the recipe's `schedule` is not followed, unless somebody has added it."""
     if ready.has_schedule and all(each.recipe != ready.source for each in application.repository.schedules()):
-        output.tell(f"note: it runs now, once; its schedule fires nothing until `kontext-batch schedules add {shown}`")
+        named = shlex.quote(shown)
+        output.tell(f"note: it runs now, once; its schedule fires nothing until `kontext-batch schedules add {named}`")
 
 
 def _progress(look: Look, *, as_json: bool) -> Progress:

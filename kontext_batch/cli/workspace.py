@@ -141,7 +141,11 @@ def verify(
         prefix = application.artifact_keys.prefix
         missing, unknown = compare_store(application.repository, application.store, prefix) if objects else ([], [])
         if forget and (lost := [name.sha256 for name in map(application.artifact_keys.parse, missing) if name]):
-            confirm(f"{len(lost)} missing objects will be forgotten; what needs them is made again.", yes=yes)
+            confirm(
+                f"{len(lost)} missing objects will be forgotten; the next run makes again what it needs, open runs "
+                "that only have to deliver them fail.",
+                yes=yes,
+            )
             by = act(application.settings, "db verify", forget=True, artifacts=len(lost))
             application.repository.lost_artifacts(lost, by=by)
     if as_json:

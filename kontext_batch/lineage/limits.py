@@ -38,14 +38,34 @@ def run_figures(conn: sa.Connection, run_id: int | None) -> list[RunFigures]:
 
 
 def backlogged_runs(conn: sa.Connection, limit: int) -> list[int]:
-    """Running runs with more ready steps of Pillow and pending deliveries than that; no more of them are counted."""
+    """Running runs with more ready steps of Pillow and pending deliveries than that; no more of them are counted.
+
+    None that has a ready step of a model which another running run wants as well: that one would wait with it.
+    """
     # Equality in two halves, so that PostgreSQL goes by the index that has these rows together: see `runs.finishable`.
     of_lane = STEPS.lane >= OPERATIONS_LANE, STEPS.lane <= OPERATIONS_LANE
     steps = sa.select(STEPS.id).where(STEPS.run_id == RUNS.id, *of_lane, in_state(STEPS.state, StepState.READY))
     pending = DELIVERIES.state >= "pending", DELIVERIES.state <= "pending"
     deliveries = sa.select(DELIVERIES.id).where(DELIVERIES.run_id == RUNS.id, *pending)
     waiting = _number(steps.order_by(STEPS.lane), limit) + _number(deliveries.order_by(DELIVERIES.state), limit)
-    return list(conn.scalars(sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, waiting > limit)))
+    found = set(conn.scalars(sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, waiting > limit)))
+    if not found:
+        return []
+    wanted = t.run_steps.join(t.runs, RUNS.id == t.run_steps.c.run_id)
+    wanted_elsewhere = (
+        sa.exists()
+        .select_from(wanted)
+        .where(
+            t.run_steps.c.step_id == STEPS.id,
+            t.run_steps.c.run_id != STEPS.run_id,
+            RUNS.state == RunState.RUNNING,
+            RUNS.id.not_in(found),
+        )
+        .correlate(t.steps)
+    )
+    of_model = in_state(STEPS.state, StepState.READY), STEPS.lane != OPERATIONS_LANE
+    shared = sa.select(STEPS.run_id).where(STEPS.run_id.in_(found), *of_model, wanted_elsewhere).distinct()
+    return sorted(found - set(conn.scalars(shared)))
 
 
 def _number(rows: sa.Select[tuple[int]], limit: int) -> sa.ScalarSelect[int]:

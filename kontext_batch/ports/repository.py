@@ -115,7 +115,10 @@ class Repository(Protocol):
         ...
 
     def backlogged_runs(self, limit: int) -> Sequence[int]:
-        """Running runs of which more than `limit` pictures wait for Pillow or to be delivered."""
+        """Running runs of which more than `limit` pictures wait for Pillow or to be delivered.
+
+        But for those whose ready steps of models another running run wants as well.
+        """
         ...
 
     def finish_runs(self) -> Sequence[tuple[int, RunState]]:

@@ -258,21 +258,23 @@ class Worker:
                 found = found or again
                 if not again or time.monotonic() >= look_again:
                     look_again = time.monotonic() + LOOK_SECONDS
-                    self._look()
+                    again = self._look() or again
                 if again and time.monotonic() >= end:
                     self.wake_ups.wake({self.turns.lane or OPERATIONS_LANE: 1})
                     break
         return found
 
-    def _look(self) -> None:
-        """What is due each second or so, and not with each batch."""
+    def _look(self) -> bool:
+        """What is due each second or so, and not with each batch; says whether a run is held back no more."""
         self.repository.finish_runs()
         enforce(self.repository, self.limits)
-        if self.backlog_limit is not None and self.has_device:
-            found = frozenset(self.repository.backlogged_runs(self.backlog_limit))
-            for run_id in sorted(found - self.turns.backlogged):
-                log.warning("run held back: too much of it waits to be finished or delivered", run=run_id)
-            self.turns.backlogged = found
+        if self.backlog_limit is None or not self.has_device:
+            return False
+        before, found = self.turns.backlogged, frozenset(self.repository.backlogged_runs(self.backlog_limit))
+        for run_id in sorted(found - before):
+            log.warning("run held back: too much of it waits to be finished or delivered", run=run_id)
+        self.turns.backlogged = found
+        return bool(before - found)
 
     def deliver(self, *, run_id: int | None = None) -> int:
         """Bring some of what is finished, where that is this worker's business; returns how many are settled."""

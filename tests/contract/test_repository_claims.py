@@ -341,3 +341,20 @@ def test_a_delivery_that_is_put_off_is_given_to_nobody_for_a_while(repository: S
     assert repository.claim_deliveries("w1", limit=8, seconds=300) == [], "it is another's by now"
     repository.retire_worker("w2")
     assert [each.id for each in repository.claim_deliveries("w1", limit=8, seconds=300)] == [first.id]
+
+
+def test_a_run_is_held_back_by_its_own_backlog_unless_another_needs_its_steps(repository: SqlRepository) -> None:
+    repository.register_worker(worker())
+    lanes = dict.fromkeys(("o1", "o2", "o3"), "operations")
+    first = submit(repository, make_plan(dict.fromkeys(lanes, ()) | {"clean": ()}, recipe="first", lanes=lanes))
+    alone = submit(repository, make_plan({"p1": (), "e": ()}, recipe="alone", lanes={"p1": "operations"}))
+    assert list(repository.backlogged_runs(3)) == []
+    assert list(repository.backlogged_runs(2)) == [first]
+    second = submit(repository, make_plan({"clean": (), "mine": ("clean",)}, recipe="second"))
+    assert list(repository.backlogged_runs(2)) == [], "the second would wait for `clean` for ever"
+    repository.pause_run(second)
+    assert list(repository.backlogged_runs(2)) == [first]
+    repository.resume_run(second)
+    held = Turns(lanes=lambda lane: lane != "operations", backlogged=frozenset(repository.backlogged_runs(2)))
+    assert {step.run_id for step in claim(repository, ranking=held)} >= {first, alone}
+    assert list(repository.backlogged_runs(2)) == [first], "nobody waits for it any more: it is leased"
