@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import structlog
 from celery import Celery
 from kombu import Connection, Producer
+from kombu.exceptions import OperationalError
 
 from kontext_batch.messaging.app import BROKER_ERRORS, OPERATE, WAKE
 from kontext_batch.planning.plan import OPERATIONS_LANE
@@ -48,8 +49,11 @@ class CeleryWakeUps:
         assert self._connection is not None
         routes, usual = self._app.conf.task_routes, self._app.conf.task_default_queue
         queue = routes.get(name, {}).get("queue", usual)
-        channel = self._connection.default_channel
-        declared = channel.queue_declare(queue=queue, durable=True, exclusive=False, auto_delete=False)  # type: ignore[attr-defined]
+        try:
+            channel = self._connection.default_channel
+            declared = channel.queue_declare(queue=queue, durable=True, exclusive=False, auto_delete=False)  # type: ignore[attr-defined]
+        except self._connection.recoverable_connection_errors as error:  # those of redis are no `OSError`
+            raise OperationalError(str(error)) from error
         return int(declared.message_count)
 
     def close(self) -> None:
