@@ -132,6 +132,20 @@ def test_a_broker_that_is_killed_and_comes_back_empty_loses_nothing(cluster: Clu
     broker.kill()
 
 
+def test_a_beat_lives_through_a_broker_that_goes_away_between_two_rings(cluster: Cluster, tmp_path: Path) -> None:
+    """Steps are ready and nobody takes them, so that it counts rings and rings again at each tick."""
+    broker = servers.needed(lambda: servers.redis(tmp_path).start())
+    cluster.environment = {**cluster.environment, "KONTEXT_BATCH_BROKER_URL": broker.url}
+    run_id = cluster.submit()
+    beat = cluster.start("workers", "beat", "--every", "0.2")
+    time.sleep(5)
+    broker.kill()
+    cluster.wait_for(lambda: "workers could not be rung" in cluster.logs(), beat)
+    broker.start()
+    cluster.wait_until_done(run_id, cluster.toy_worker(), beat)
+    broker.kill()
+
+
 def test_a_database_that_is_restarted_in_mid_batch_gets_the_result_all_the_same(
     cluster: Cluster, tmp_path: Path
 ) -> None:
