@@ -116,6 +116,9 @@ def test_two_beats_start_one_run_and_stop_when_they_are_told(studio: Path, capsy
     let_an_hour_pass(studio)
     beats = [subprocess.Popen(BEAT, cwd=studio, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
+        for each in beats:  # one that is told to stop before it listens would end by the signal
+            assert each.stderr is not None
+            assert each.stderr.readline().startswith("beating")
         for _ in range(600):
             capsys.readouterr()
             assert main.main(["schedules", "fires", "sizes", "--json"]) == 0
