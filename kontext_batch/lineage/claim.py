@@ -16,7 +16,16 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.deliveries import free_deliveries, pending_deliveries
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
-from kontext_batch.lineage.sql import among, among_later, exists, in_state, now, now_plus, pair_in
+from kontext_batch.lineage.sql import (
+    among,
+    among_later,
+    exists,
+    in_state,
+    now,
+    now_plus,
+    ordered_by_equal,
+    pair_in,
+)
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
@@ -173,10 +182,7 @@ def _choose_query(*, others: bool) -> sa.Select[Any]:
         .where(
             in_state(STEPS.state, StepState.READY),
             STEPS.run_id == sa.bindparam("account"),
-            # Equality in two halves: of a column that is constant PostgreSQL drops the order, may then take any index
-            # by id, and reads past all that is not ready.
-            STEPS.lane >= sa.bindparam("in_lane"),
-            STEPS.lane <= sa.bindparam("in_lane"),
+            ordered_by_equal(STEPS.lane, sa.bindparam("in_lane")),
             sa.or_(STEPS.not_before.is_(None), STEPS.not_before <= now()),
         )
         .order_by(STEPS.lane, STEPS.id)

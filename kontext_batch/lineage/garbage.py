@@ -56,13 +56,8 @@ def collectable(conn: sa.Connection, *, keep_bytes: int) -> list[Artifact]:
 
 def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> bool:
     lock_graph(conn, alone=True)
-    uri = conn.scalar(
-        sa.update(t.artifacts)
-        .where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
-        .where(sa.not_(_read_later()), sa.not_(_delivered_later()))
-        .values(collected_at=now())
-        .returning(ARTIFACTS.uri)
-    )
+    unneeded = sa.not_(_read_later()), sa.not_(_delivered_later())
+    uri = conn.scalar(_collect(ARTIFACTS.sha256 == sha256, *unneeded).returning(ARTIFACTS.uri))
     if uri is None:
         return False
     gone = _delete_unless_announced(conn, uri, delete)
@@ -74,12 +69,7 @@ def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> 
 def lost_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> None:
     """Live steps that read it fail, or wait for it when it is made again (see `graph.put_back`)."""
     lock_graph(conn, alone=True)
-    uri = conn.scalar(
-        sa.update(t.artifacts)
-        .where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
-        .values(collected_at=now())
-        .returning(ARTIFACTS.uri)
-    )
+    uri = conn.scalar(_collect(ARTIFACTS.sha256 == sha256).returning(ARTIFACTS.uri))
     if uri is not None:
         _delete_unless_announced(conn, uri, delete)
 
@@ -87,8 +77,12 @@ def lost_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> No
 def lost_artifacts(conn: sa.Connection, sha256s: Sequence[str]) -> bool:
     """`lost_artifact` of many whose objects are gone already; False when nobody kept any of them."""
     lock_graph(conn, alone=True)
-    kept = (among(ARTIFACTS.sha256, sha256s), ARTIFACTS.collected_at.is_(None))
-    return bool(conn.execute(sa.update(t.artifacts).where(*kept).values(collected_at=now())).rowcount)
+    return bool(conn.execute(_collect(among(ARTIFACTS.sha256, sha256s))).rowcount)
+
+
+def _collect(*which: sa.ColumnElement[bool]) -> sa.Update:
+    """Such of these as are kept have no bytes from now on."""
+    return sa.update(t.artifacts).where(*which, ARTIFACTS.collected_at.is_(None)).values(collected_at=now())
 
 
 def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:

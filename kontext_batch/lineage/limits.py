@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import DialectInsert, dialect_insert, in_state
+from kontext_batch.lineage.sql import DialectInsert, among, dialect_insert, exists, in_state, ordered_by_equal
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import RunFigures
@@ -42,30 +42,28 @@ def backlogged_runs(conn: sa.Connection, limit: int) -> list[int]:
 
     None that has a ready step of a model which another running run wants as well: that one would wait with it.
     """
-    # Equality in two halves, so that PostgreSQL goes by the index that has these rows together: see `runs.finishable`.
-    of_lane = STEPS.lane >= OPERATIONS_LANE, STEPS.lane <= OPERATIONS_LANE
-    steps = sa.select(STEPS.id).where(STEPS.run_id == RUNS.id, *of_lane, in_state(STEPS.state, StepState.READY))
-    pending = DELIVERIES.state >= "pending", DELIVERIES.state <= "pending"
-    deliveries = sa.select(DELIVERIES.id).where(DELIVERIES.run_id == RUNS.id, *pending)
-    waiting = _number(steps.order_by(STEPS.lane), limit) + _number(deliveries.order_by(DELIVERIES.state), limit)
+    ready, other_run = in_state(STEPS.state, StepState.READY), t.run_steps.c.run_id
+    steps = sa.select(STEPS.id).where(STEPS.run_id == RUNS.id, ordered_by_equal(STEPS.lane, OPERATIONS_LANE), ready)
+    waiting = _number(steps.order_by(STEPS.lane), limit) + _number(pending_of_run(), limit)
     found = set(conn.scalars(sa.select(RUNS.id).where(RUNS.state == RunState.RUNNING, waiting > limit)))
     if not found:
         return []
-    wanted = t.run_steps.join(t.runs, RUNS.id == t.run_steps.c.run_id)
-    wanted_elsewhere = (
-        sa.exists()
-        .select_from(wanted)
-        .where(
-            t.run_steps.c.step_id == STEPS.id,
-            t.run_steps.c.run_id != STEPS.run_id,
-            RUNS.state == RunState.RUNNING,
-            RUNS.id.not_in(found),
-        )
-        .correlate(t.steps)
+    wanted_elsewhere = exists(
+        t.run_steps.c.step_id == STEPS.id,
+        other_run == RUNS.id,
+        RUNS.state == RunState.RUNNING,
+        sa.not_(among(other_run, found)),  # the step's own run is one of these
+        outer=t.steps,
     )
-    of_model = in_state(STEPS.state, StepState.READY), STEPS.lane != OPERATIONS_LANE
-    shared = sa.select(STEPS.run_id).where(STEPS.run_id.in_(found), *of_model, wanted_elsewhere).distinct()
+    mine = among(STEPS.run_id, found)
+    shared = sa.select(STEPS.run_id).where(mine, ready, STEPS.lane != OPERATIONS_LANE, wanted_elsewhere).distinct()
     return sorted(found - set(conn.scalars(shared)))
+
+
+def pending_of_run() -> sa.Select[tuple[int]]:
+    """Deliveries of the run of the enclosing statement that may be brought, by the index that has them together."""
+    pending = DELIVERIES.run_id == RUNS.id, ordered_by_equal(DELIVERIES.state, "pending")
+    return sa.select(DELIVERIES.id).where(*pending).order_by(DELIVERIES.state)
 
 
 def _number(rows: sa.Select[tuple[int]], limit: int) -> sa.ScalarSelect[int]:

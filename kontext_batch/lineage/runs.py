@@ -13,9 +13,9 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.events import note_end
 from kontext_batch.lineage.graph import cancel_unwanted, charge, collected, open_run, put_back
-from kontext_batch.lineage.limits import failed_steps, gpu_seconds
+from kontext_batch.lineage.limits import failed_steps, gpu_seconds, pending_of_run
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
-from kontext_batch.lineage.sql import among, exists, in_state, now
+from kontext_batch.lineage.sql import among, exists, in_state, now, ordered_by_equal
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
 from kontext_batch.ports import RunSummary
 
@@ -158,16 +158,13 @@ def finishable(conn: sa.Connection) -> list[int]:
     """Open runs with no live step and nothing left to deliver.
 
     PostgreSQL answers EXISTS by reading such rows of all runs, and a LIMIT without an order by reading the table until
-    it meets one; so each look has the order of its index. It drops a column from an order that is equal to something,
-    so equality stands in two halves.
+    it meets one; so each look has the order of its index.
     """
     # Most open runs have live steps on their own account, which an index tells at once; only the others are asked for
     # steps that they share.
     live = in_state(STEPS.state, *LIVE)
-    own = sa.select(STEPS.id).where(STEPS.run_id >= RUNS.id, STEPS.run_id <= RUNS.id, live).order_by(STEPS.run_id)
-    pending = sa.select(DELIVERIES.id).where(DELIVERIES.run_id == RUNS.id).order_by(DELIVERIES.state)
-    pending = pending.where(DELIVERIES.state >= "pending", DELIVERIES.state <= "pending")
-    idle = list(conn.scalars(sa.select(RUNS.id).where(open_run(), _none(own), _none(pending))))
+    own = sa.select(STEPS.id).where(ordered_by_equal(STEPS.run_id, RUNS.id), live).order_by(STEPS.run_id)
+    idle = list(conn.scalars(sa.select(RUNS.id).where(open_run(), _none(own), _none(pending_of_run()))))
     if not idle:
         return []
     wanted = exists(RUN_STEPS.run_id == RUNS.id, RUN_STEPS.step_id == STEPS.id, outer=(t.runs, t.steps))

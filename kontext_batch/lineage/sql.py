@@ -194,6 +194,15 @@ def exists(*conditions: sa.ColumnElement[bool], outer: sa.FromClause | Sequence[
     return sa.select(sa.literal_column("1")).where(*conditions).correlate(*outer).exists()
 
 
+def ordered_by_equal(column: sa.ColumnElement[Any], value: Any) -> sa.ColumnElement[bool]:
+    """`column = value` in two halves, for a statement that goes on with ORDER BY `column` and a LIMIT.
+
+    From an order PostgreSQL drops a column that is equal to something. It may then take another index that has the
+    rest of the order, and reads past all that is not wanted; so it goes by the one that has these rows together.
+    """
+    return sa.and_(column >= value, column <= value)
+
+
 def in_state(column: sa.ColumnElement[Any], *states: StepState) -> sa.ColumnElement[bool]:
     """`column` is one of `states`, written out in the statement: a parameter would keep partial indices from use."""
     if len(states) == 1:

@@ -40,10 +40,15 @@ def work_batch(repository: SqlRepository, *, run_id: int | None = None) -> int:
     return len(steps)
 
 
-def work_off_another(repository: SqlRepository) -> None:
-    """A small run beside the large one whose end nobody has noticed yet."""
+def large_beside_small(url: str, steps: int) -> tuple[SqlRepository, int]:
+    """A large run of which a batch is done, and its id; beside it a small one whose end nobody has noticed yet."""
+    repository = SqlRepository(url)
+    repository.register_worker(worker())
+    run_id = submit(repository, wide_plan(steps))
     small = submit(repository, make_plan({"only": []}))
     assert work_batch(repository, run_id=small) == 1
+    work_batch(repository)
+    return repository, run_id
 
 
 @contextmanager
@@ -82,11 +87,7 @@ def test_statements_stay_within_their_budget(repository: SqlRepository) -> None:
 
 
 def test_no_hot_statement_reads_a_table_whole(sqlite_url: str) -> None:
-    repository = SqlRepository(sqlite_url)
-    repository.register_worker(worker())
-    run_id = submit(repository, wide_plan(200))
-    work_off_another(repository)
-    work_batch(repository)
+    repository, run_id = large_beside_small(sqlite_url, 200)
     with listening(repository) as said:
         repository.backlogged_runs(3)
         steps = repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id)
@@ -114,11 +115,7 @@ def test_no_hot_statement_reads_a_table_whole(sqlite_url: str) -> None:
 
 def test_postgresql_finds_work_and_ends_by_index_in_a_large_run(postgres_url: str) -> None:
     """Not by reading past what is not ready, nor past all that is live: the larger the run, the longer that takes."""
-    repository = SqlRepository(postgres_url)
-    repository.register_worker(worker())
-    run_id = submit(repository, wide_plan(5000))
-    work_off_another(repository)
-    work_batch(repository)
+    repository, run_id = large_beside_small(postgres_url, 5000)
     with listening(repository) as said:
         repository.waiting_lanes()
         repository.backlogged_runs(3)
