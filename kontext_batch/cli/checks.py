@@ -180,10 +180,8 @@ def _inboxes(settings: Settings) -> Iterator[Check]:
 def _queue(settings: Settings, url: str) -> Check:
     from kontext_batch.bootstrap.adapters import check_queue
 
-    name, advice = (
-        "inbox queue",
-        "see that it is there and that these credentials may receive from it; beats only list now",
-    )
+    name = "inbox queue"
+    advice = "see that it is there and that these credentials may receive from it; beats only list now"
     try:
         check_queue(settings, url)
     except SettingsError as error:

@@ -47,8 +47,7 @@ def run(
     with common.opened(workspace, at=at) as application:
         ready = common.prepared(application, at, common.selection(only, limit))
         announce(ready, as_json=as_json)
-        if not as_json:
-            _tell_of_schedule(application, ready, at.shown)
+        _tell_of_schedule(application, ready, at.shown, as_json=as_json)
         run_id = submitted(application, ready, priority=priority, as_json=as_json, action="run")
         paths = [each.path for each in ready.plan.deliveries]
         raise typer.Exit(work(application, run_id, paths, as_json=as_json))
@@ -70,8 +69,7 @@ def submit(
     with common.opened(workspace, at=at) as application:
         ready = common.prepared(application, at, common.selection(only, limit))
         announce(ready, as_json=as_json)
-        if not as_json:
-            _tell_of_schedule(application, ready, at.shown)
+        _tell_of_schedule(application, ready, at.shown, as_json=as_json)
         run_id = submitted(application, ready, priority=priority, as_json=as_json, action="submit")
         if as_json:
             output.event("finished", run=run_id, state="running", exit=EXIT_DONE)
@@ -283,9 +281,11 @@ def on_signals(act: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell_of_schedule(application: Application, ready: Prepared, shown: str) -> None:
-    """That the recipe's `schedule` is not followed, unless somebody has added it."""
-    if ready.has_schedule and all(each.recipe != ready.source for each in application.repository.schedules()):
+def _tell_of_schedule(application: Application, ready: Prepared, shown: str, *, as_json: bool) -> None:
+    """That the recipe's `schedule` is not followed, unless somebody has added it, or a program reads along."""
+    if as_json or not ready.has_schedule:
+        return
+    if all(each.recipe != ready.source for each in application.repository.schedules()):
         named = shlex.quote(shown)
         output.tell(f"note: it runs now, once; its schedule fires nothing until `kontext-batch schedules add {named}`")
 
