@@ -232,10 +232,11 @@ class Postgres:
         )
         url = sa.make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
         self.url = url.render_as_string(hide_password=False)
-        # Nothing of this has to outlive a power cut.
+        # Nothing of this has to outlive a power cut. A restart it has to: synchronous_commit stays on, since without
+        # it a server that is stopped at once forgets what it has said is committed.
         engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
         with engine.connect() as conn:
-            for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+            for setting in ("fsync", "full_page_writes"):
                 conn.exec_driver_sql(f"ALTER SYSTEM SET {setting} = off")
             conn.exec_driver_sql("SELECT pg_reload_conf()")
         engine.dispose()

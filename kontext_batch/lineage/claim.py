@@ -6,7 +6,7 @@ A token is the fence: it grows with each claim, and whoever writes a result must
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -307,16 +307,18 @@ def _pictures_query() -> sa.CompoundSelect[Any]:
     return sa.union_all(made, given).order_by("step_id", "role", "position")
 
 
-def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float) -> int:
-    held = (
-        sa.select(STEPS.id)
-        .where(in_state(STEPS.state, StepState.LEASED), STEPS.lease_owner == worker_id)
-        .order_by(STEPS.id)  # the order in which the commit locks them
-        .with_for_update(key_share=True)
-    )
-    extended = conn.execute(
-        sa.update(t.steps).where(STEPS.id.in_(held)).values(lease_until=now_plus(lease_seconds))
-    ).rowcount
+def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float, held: Collection[tuple[int, int]]) -> int:
+    extended = 0
+    if held:
+        mine = (
+            sa.select(STEPS.id)
+            .where(in_state(STEPS.state, StepState.LEASED), pair_in(STEPS.id, STEPS.lease_token, list(held)))
+            .order_by(STEPS.id)  # the order in which the commit locks them
+            .with_for_update(key_share=True)
+        )
+        extended = conn.execute(
+            sa.update(t.steps).where(STEPS.id.in_(mine)).values(lease_until=now_plus(lease_seconds))
+        ).rowcount
     conn.execute(sa.update(t.workers).where(t.workers.c.id == worker_id).values(heartbeat=now(), retired=None))
     return extended
 

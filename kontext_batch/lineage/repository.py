@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from kontext_batch.lineage import (
     audit,
@@ -293,8 +293,8 @@ class SqlRepository:
     def waiting_lanes(self) -> Mapping[str, int]:
         return self._db.read(claim.waiting_lanes)
 
-    def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
-        return self._db.write(claim.extend_leases, worker_id, lease_seconds)
+    def extend_leases(self, worker_id: str, lease_seconds: float, held: Collection[tuple[int, int]]) -> int:
+        return self._db.write(claim.extend_leases, worker_id, lease_seconds, held)
 
     def release(self, steps: Sequence[tuple[int, int]]) -> None:
         self._db.write(claim.release, steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from kontext_batch.planning.events import ClaimedSend, Webhook, WebhookRow
@@ -334,8 +334,12 @@ class Repository(Protocol):
         operations."""
         ...
 
-    def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
-        """The heartbeat: extend every lease of this worker that has not been taken away; returns how many it holds."""
+    def extend_leases(self, worker_id: str, lease_seconds: float, held: Collection[tuple[int, int]]) -> int:
+        """The heartbeat: extend those (step id, token) leases that have not been taken away; returns how many.
+
+        Not whatever stands under the worker's name: a database that was brought back without its last commits may say
+        of a step that it is leased to a worker that has long done it.
+        """
         ...
 
     def release(self, steps: Sequence[tuple[int, int]]) -> None:

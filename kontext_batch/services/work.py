@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -69,9 +69,11 @@ class Heartbeat:
         lease_seconds: float,
         on_orders: Callable[[Orders], None] | None = None,
         *,
+        held: Callable[[], Collection[tuple[int, int]]] = tuple,
         orders_seconds: float = ORDERS_SECONDS,
     ) -> None:
-        self._repository, self._worker_id, self._lease = repository, worker_id, lease_seconds
+        """`held`: the (step id, token) leases that the worker knows of at a moment."""
+        self._repository, self._worker_id, self._lease, self._held = repository, worker_id, lease_seconds, held
         self._on_orders = on_orders
         self._every = lease_seconds / 3 if on_orders is None else min(lease_seconds / 3, orders_seconds)
         self._stop = threading.Event()
@@ -90,7 +92,7 @@ class Heartbeat:
         while not self._stop.wait(self._every):
             try:
                 if time.monotonic() >= extend_at - self._every / 2:
-                    self._repository.extend_leases(self._worker_id, self._lease)
+                    self._repository.extend_leases(self._worker_id, self._lease, self._held())
                     extend_at = time.monotonic() + self._lease / 3
                 if self._on_orders is not None:
                     self._on_orders(self._repository.orders(self._worker_id))
@@ -136,6 +138,8 @@ class Worker:
     _telling: threading.Lock = field(default_factory=threading.Lock)
     on_drain: Callable[[], None] | None = None
     """Called when it is told to drain, from the heartbeat's thread."""
+    held: frozenset[tuple[int, int]] = frozenset()
+    """(step id, token) of the batch in flight: the leases that the heartbeat extends."""
     owed: int = 0
     """Deliveries that this worker's commits have made possible since it last looked for some."""
 
@@ -329,7 +333,7 @@ class Worker:
 
     def _execute(self, steps: Sequence[LeasedStep], on_step: OnStep | None) -> bool:
         """False when it was stopped and the steps were given back."""
-        held = {(step.id, step.token) for step in steps}
+        held = self.held = frozenset((step.id, step.token) for step in steps)
 
         def on_row_step(done: int, total: int) -> None:
             self.pulse.beat()
@@ -347,6 +351,8 @@ class Worker:
         except (StorageFull, StorageReadOnly, NotAllowed):
             self._release(steps)  # not their fault: they wait until there is room, or another place
             raise
+        finally:
+            self.held = frozenset()
         if report.fenced:
             log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
         self._ring_others(report)
@@ -377,7 +383,14 @@ class Worker:
             if told_now and self.on_drain is not None:
                 self.on_drain()
 
-        return Heartbeat(self.repository, self.info.id, self.lease_seconds, obey, orders_seconds=self.orders_seconds)
+        return Heartbeat(
+            self.repository,
+            self.info.id,
+            self.lease_seconds,
+            obey,
+            held=lambda: self.held,
+            orders_seconds=self.orders_seconds,
+        )
 
     def _release(self, steps: Sequence[LeasedStep]) -> None:
         self.repository.release([(step.id, step.token) for step in steps])

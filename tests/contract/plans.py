@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kontext_batch.hashing import content_hash, sha256_hex
@@ -87,6 +87,10 @@ def worker(name: str = "w1", *, pid: int = 1, host: str = "here") -> WorkerInfo:
 
 def claim(repository: SqlRepository, worker_id: str = "w1", *, limit: int = 8, **options: object) -> list[LeasedStep]:
     return list(repository.claim(worker_id, limit=limit, lease_seconds=LEASE, **options))  # type: ignore[arg-type]
+
+
+def held_by(steps: Iterable[LeasedStep]) -> list[tuple[int, int]]:
+    return [(step.id, step.token) for step in steps]
 
 
 def artifact_of(step: LeasedStep, *, slot: str = "image", size: int = 100) -> Artifact:

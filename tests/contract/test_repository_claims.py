@@ -25,6 +25,7 @@ from tests.contract.plans import (
     done,
     failed,
     finish,
+    held_by,
     key,
     make_plan,
     source,
@@ -47,8 +48,8 @@ def lose(repository: SqlRepository, worker_id: str = "w1") -> None:
     repository.register_worker(worker(worker_id))
 
 
-def run_out(repository: SqlRepository, worker_id: str) -> None:
-    repository.extend_leases(worker_id, 0.0)
+def run_out(repository: SqlRepository, worker_id: str, steps: Sequence[LeasedStep]) -> None:
+    repository.extend_leases(worker_id, 0.0, held_by(steps))
     time.sleep(0.002)
 
 
@@ -196,20 +197,31 @@ def test_goodbye_gives_leases_back_at_no_cost(repository: SqlRepository) -> None
 def test_the_heartbeat_keeps_a_lease(repository: SqlRepository) -> None:
     submit(repository, make_plan({"a": [], "b": []}))
     [mine] = claim(repository, limit=1)
-    claim(repository, "w2")
-    run_out(repository, "w1")
-    run_out(repository, "w2")
-    assert repository.extend_leases("w1", LEASE) == 1
+    theirs = claim(repository, "w2")
+    run_out(repository, "w1", [mine])
+    run_out(repository, "w2", theirs)
+    assert repository.extend_leases("w1", LEASE, held_by([mine])) == 1
     assert repository.reconcile().returned == 1
-    assert repository.extend_leases("w2", LEASE) == 0
+    assert repository.extend_leases("w2", LEASE, held_by(theirs)) == 0
     assert repository.commit(None, [done(mine)]).committed == (mine.id,)
+
+
+def test_the_heartbeat_keeps_no_lease_that_its_worker_knows_nothing_of(repository: SqlRepository) -> None:
+    """As a database has them that came back without its last commits: the worker has done that step long ago."""
+    submit(repository, make_plan({"a": [], "b": []}))
+    forgotten = claim(repository, limit=1)
+    [known] = claim(repository, limit=1)
+    run_out(repository, "w1", [*forgotten, known])
+    assert repository.extend_leases("w1", LEASE, held_by([known])) == 1
+    assert repository.reconcile().returned == 1
+    assert names(claim(repository, "w2")) == names(forgotten)
 
 
 def test_a_lease_that_ran_out_returns_its_step(repository: SqlRepository) -> None:
     submit(repository, make_plan({"a": []}))
     [step] = claim(repository)
     assert repository.reconcile().returned == 0
-    run_out(repository, "w1")
+    run_out(repository, "w1", [step])
     assert claim(repository, "w2") == [], "it is returned by reconcile, not by a claim"
     report = repository.reconcile()
     assert (report.returned, report.quarantined) == (1, 0)
@@ -325,7 +337,7 @@ def test_a_worker_that_was_silent_for_too_long_counts_as_gone_until_it_is_heard_
         )
     repository.reconcile()
     assert {each.id for each in repository.workers()} & {"pod-1", "pod-2"} == {"pod-2"}
-    repository.extend_leases("pod-1", LEASE)
+    repository.extend_leases("pod-1", LEASE, ())
     assert {each.id for each in repository.workers()} >= {"pod-1", "pod-2"}
 
 

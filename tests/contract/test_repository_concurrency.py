@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import RunState, StepState
-from tests.contract.plans import LEASE, artifact_of, done, failed, make_plan, submit, worker
+from tests.contract.plans import LEASE, artifact_of, done, failed, held_by, make_plan, submit, worker
 
 WIDTH, WORKERS, SUBMITS = 40, 3, 6
 
@@ -55,7 +55,7 @@ def work(url: str, name: str, result: Path) -> None:
             assert report.committed == (), "another one may have them by now"
             continue
         committed += report.committed
-        repository.extend_leases(name, LEASE)
+        repository.extend_leases(name, LEASE, held_by(steps))
         if fate > 0.9:
             assert repository.commit(None, [done(step) for step in steps]).committed == report.committed
     repository.retire_worker(name)

@@ -15,7 +15,7 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.plan import Plan
 from kontext_batch.ports import BatchMember, BatchRecord
 from kontext_batch.services.turns import Turns
-from tests.contract.plans import LANE, LEASE, artifact_of, done, make_plan, submit, worker
+from tests.contract.plans import LANE, LEASE, artifact_of, done, held_by, make_plan, submit, worker
 
 BUDGET = 2.5
 """Statements a step in batches of 8, claim and commit, BEGIN and COMMIT counted."""
@@ -92,7 +92,7 @@ def test_no_hot_statement_reads_a_table_whole(sqlite_url: str) -> None:
         repository.backlogged_runs(3)
         steps = repository.claim("w1", limit=8, lease_seconds=LEASE, run_id=run_id)
         repository.intend_uploads([(artifact_of(step).uri, step.id, step.token) for step in steps])
-        repository.extend_leases("w1", LEASE)
+        repository.extend_leases("w1", LEASE, held_by(steps))
         repository.orders("w1")
         repository.commit(None, [done(step) for step in steps])
         repository.pending_deliveries(run_id)

@@ -11,7 +11,7 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import TRANSITIONS, StepState, may_move
 from kontext_batch.ports import LeasedStep
 from tests.contract.database import read_moves, record_moves
-from tests.contract.plans import LEASE, done, failed, finish, key, make_plan, submit, worker
+from tests.contract.plans import LEASE, done, failed, finish, held_by, key, make_plan, submit, worker
 
 S = StepState
 DRAWN = {(old.value, new.value) for old, moves in TRANSITIONS.items() for new in moves}
@@ -101,7 +101,7 @@ ACTS: dict[str, Act] = {
     "release": lambda scene: scene.repository.release([(step.id, step.token) for step in scene.leases]),
     "retire": lambda scene: scene.repository.retire_worker("w1"),
     "lose": lambda scene: scene.lose(),
-    "heartbeat": lambda scene: scene.repository.extend_leases("w1", LEASE),
+    "heartbeat": lambda scene: scene.repository.extend_leases("w1", LEASE, held_by(scene.leases)),
     "cancel": lambda scene: scene.repository.cancel_run(scene.run),
     "retry": lambda scene: scene.repository.retry_run(scene.run),
     "submit": lambda scene: submit(scene.repository, make_plan(scene.graph)),

@@ -101,7 +101,7 @@ def test_what_is_lost_fenced_and_given_back_is_counted(studio: Studio, grown: Ca
 
 def test_a_heartbeat_that_fails_is_counted(grown: Callable[..., float]) -> None:
     class Away:
-        def extend_leases(self, worker_id: str, lease_seconds: float) -> int:
+        def extend_leases(self, worker_id: str, lease_seconds: float, held: object) -> int:
             raise InfrastructureError("no answer")
 
     with capture_logs() as lines, Heartbeat(Away(), "w1", 0.03):  # type: ignore[arg-type]

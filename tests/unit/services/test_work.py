@@ -235,6 +235,22 @@ def test_a_stop_gives_the_leases_back_at_the_next_denoise_step(studio: Studio) -
     assert studio.worker().run_until_done(run_id).state is RunState.DONE
 
 
+def test_the_heartbeat_is_told_of_the_batch_in_flight_and_of_no_other(studio: Studio) -> None:
+    worker = studio.worker(batch_rows=2)
+    run_id = studio.submit()
+    told: list[bool] = []
+
+    def compare(done: int, total: int) -> None:
+        rows = studio.app.repository.run_steps(run_id)
+        leased = {row.id for row in rows if row.state is StepState.LEASED}
+        told.append({step_id for step_id, _ in worker.held} == leased != set())
+
+    worker.run_until_done(run_id, on_step=compare)
+    assert told
+    assert all(told)
+    assert worker.held == frozenset()
+
+
 def test_leases_of_a_killed_process_are_taken_over_at_once(studio: Studio) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     started = psutil.Process(child.pid).create_time()
