@@ -29,6 +29,9 @@ ONLY_OF: dict[str, tuple[str, ...]] = {
     "size": FLOWS,
     "context_dropout": FLOWS,
     "time_mean": FLOWS,
+    "for_steps": FLOWS,
+    "pixel_share": FLOWS,
+    "huber": FLOWS,
     "shares": FLOWS,
     "preview_every": FLOWS,
     "device": FLOWS,
@@ -79,6 +82,13 @@ class TrainingConfig:
     time_mean: Annotated[float, Field(ge=-10, le=10)] | None = None
     """Mean of the logit-normal times; left out, the one that the sampler's shift has for the target's size. A higher
     one gives more of the training to the first steps, which decide what is edited."""
+    for_steps: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
+    """Numbers of denoise steps that the model is for: three quarters of the times are those of their schedules."""
+    pixel_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss that counts an error of latents by what it does to pixels; the rest counts all alike."""
+    huber: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Root of the squared error above which a pair counts by its root instead, so that pairs which cannot be guessed
+    do not outweigh all others; left out, the squared error throughout."""
     shares: Mapping[str, Share] = Field(default_factory=dict)
     """Weights of the kinds of drawn edits, `SHARES` for those left out."""
     rank: PositiveInt = 8

@@ -18,7 +18,7 @@ from engine.text import TextEncoder
 from engine.training.data import FlowData
 from engine.training.instructions import corpus
 from engine.training.loop import Loop, LoopConfig, Loss, Moment
-from engine.training.objective import flow_loss
+from engine.training.objective import PAPER, Objective, flow_loss
 from engine.training.texts import make_clip, make_clip_tokenizer, make_t5, make_t5_tokenizer
 from engine.transformer import FlowTransformer
 from engine.weights import find_model, load_transformer, save_model
@@ -150,7 +150,7 @@ def edit_loss(
     batch: int,
     *,
     context_dropout: float = 0.0,
-    time_mean: float | None = None,
+    objective: Objective = PAPER,
 ) -> Tensor:
     """The objective over a random batch of one size. Rows without context, for text-to-image, leave its tokens out."""
     device = next(module.parameters()).device
@@ -174,7 +174,7 @@ def edit_loss(
         ) -> Tensor:
             return module.velocity(x, t, context, ids, pairs.grid)
 
-        loss = flow_loss(velocity, pairs.after[chosen[rows]].to(device), moment.torch, time_mean)
+        loss = flow_loss(velocity, pairs.after[chosen[rows]].to(device), moment.torch, objective)
         total = total + loss * len(rows) / batch
     return total
 
@@ -188,7 +188,7 @@ def train_flow(
     *,
     batch: int = 32,
     context_dropout: float = 0.0,
-    time_mean: float | None = None,
+    objective: Objective = PAPER,
     say: Callable[[str], None] = print,
     preview: Callable[[int], None] | None = None,
     preview_every: int = 0,
@@ -203,7 +203,7 @@ def train_flow(
 
     def loss_of(moment: Moment) -> Loss:
         figures: Mapping[str, float] = {}
-        loss = edit_loss(module, parts, moment, batch, context_dropout=context_dropout, time_mean=time_mean)
+        loss = edit_loss(module, parts, moment, batch, context_dropout=context_dropout, objective=objective)
         return loss, figures
 
     def on_step(step: int) -> None:

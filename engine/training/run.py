@@ -20,6 +20,7 @@ from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
 from engine.training.config import TrainingConfig
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_pairs, read_pairs
 from engine.training.flow import FlowWithText, freeze_unused_guidance, train_flow
+from engine.training.objective import Objective, pixel_metric
 from engine.training.place import alone_in, check_export, export, go_on_with
 from engine.training.report import plot, preview
 from engine.weights import TensorFiles, find_model, load_autoencoder, load_strictly, read_json, save_component
@@ -28,6 +29,8 @@ PRIMITIVES = "100000"
 """Kernels that oneDNN keeps. Batches of many shapes need more than its 1,024, and making one takes longer than using
 it: a step of the shipped model's flow, of 11 sizes, took 1.8 s instead of 0.7."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURED = 256
+"""Pictures over which it is measured what errors of latents do to pixels."""
 Say = Callable[[str], None]
 
 
@@ -118,7 +121,7 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
         config.folder,
         batch=config.batch,
         context_dropout=config.context_dropout,
-        time_mean=config.time_mean,
+        objective=Objective(config.time_mean, config.for_steps, _metric(config, autoencoder, parts), config.huber),
         say=say,
         preview=show,
         preview_every=config.preview_every,
@@ -129,6 +132,16 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
             say(f"recipes may use it after `kontext-batch adapters add NAME {config.export}`, each time that it is new")
     else:
         export(config, lambda place: module.cpu().export(place, autoencoder.cpu(), DTYPES[config.dtype]), say)
+
+
+def _metric(config: TrainingConfig, autoencoder: Autoencoder, parts: list[EncodedPairs]) -> torch.Tensor | None:
+    if not config.pixel_share:
+        return None
+    device = next(autoencoder.parameters()).device
+    seen = max(parts, key=lambda part: len(part.prompts))
+    generator = torch.Generator().manual_seed(config.loop.seed)
+    found = pixel_metric(autoencoder, seen.after[:MEASURED].to(device), seen.grid, config.pixel_share, generator)
+    return found.to(device)
 
 
 def _device(name: str) -> torch.device:

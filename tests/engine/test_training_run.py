@@ -219,6 +219,9 @@ def test_a_lora_from_a_table_of_pairs_by_the_command_line(tmp_path: Path, capsys
         "rank": 2,
         "export": str(tmp_path / "adapter.safetensors"),
         "preview_every": 2,
+        "for_steps": [2, 4],
+        "pixel_share": 0.5,
+        "huber": 0.3,
         "loop": {"steps": 2, "log_every": 1, "accumulate": 2},
     }
     assert main([str(write(tmp_path / "train.yaml", config))]) == 0
@@ -366,6 +369,10 @@ def test_pairs_are_cut_to_size_and_an_empty_before_is_text_to_image(tmp_path: Pa
         ({"kind": "lora", "base": "b", "pairs": "p", "pool": 9}, "pool is for drawn pairs"),
         ({"kind": "flow", "base": "b", "time_mean": float("nan")}, "time_mean 'NaN'"),
         ({"kind": "flow", "base": "b", "context_dropout": 2}, "context_dropout 2"),
+        ({"kind": "flow", "base": "b", "for_steps": [4, 0]}, "for_steps.1 0"),
+        ({"kind": "flow", "base": "b", "pixel_share": 1.5}, "pixel_share 1.5"),
+        ({"kind": "flow", "base": "b", "huber": 0}, "huber 0"),
+        ({"huber": 0.3}, "huber means nothing to kind autoencoder"),
         ({"kind": "lora"}, "needs `base`"),
         ({"kind": "flow"}, "needs `vae`"),
         ({"kind": "flow", "vae": "a", "base": "b"}, "else `base`"),
