@@ -41,7 +41,18 @@ def test_a_change_outside_the_edit_is_seen_there_alone() -> None:
     spoilt = np.where(untouched[..., None], target + 10, target).astype(np.uint8)
     measured = Measured.of(outcome(Image.fromarray(spoilt)))
     assert measured.kept_db == pytest.approx(20 * np.log10(25.5), abs=0.01)
+    assert measured.far_db == pytest.approx(20 * np.log10(25.5), abs=0.01)
     assert measured.colour_error == pytest.approx(0, abs=1e-9)
+
+
+def test_a_wobbling_outline_is_not_far_from_what_is_edited() -> None:
+    target = np.asarray(render(AFTER), np.int16)
+    changed = (np.asarray(render(BEFORE), np.int16) != target).any(axis=-1)
+    beside = np.roll(changed, 2, axis=1) & ~changed
+    measured = Measured.of(outcome(Image.fromarray(np.where(beside[..., None], target + 10, target).astype(np.uint8))))
+    assert measured.kept_db is not None
+    assert measured.kept_db < 99
+    assert measured.far_db == 99
 
 
 def test_figures_count_what_they_can_and_leave_out_the_rest() -> None:
