@@ -182,6 +182,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """What is logged, from this level up; `--verbose` is `info`."""
 
+    @field_validator("content_filter")
+    @classmethod
+    def _is_a_command(cls, command: str | None) -> str | None:
+        if command is not None and not command.strip():
+            raise ValueError("is blank, and a blank command allows everything; leave it out where there is no filter")
+        return command
+
     @field_validator("webhooks")
     @classmethod
     def _names_differ(cls, webhooks: tuple[WebhookSettings, ...]) -> tuple[WebhookSettings, ...]:

@@ -81,7 +81,7 @@ def open_application(
         artifact_keys=keys,
         registry=registry,
         wake_ups=wake_ups_of(settings),
-        content_filter=CommandFilter(settings.content_filter) if settings.content_filter else None,
+        content_filter=None if settings.content_filter is None else CommandFilter(settings.content_filter),
         readable=readable,
         writable=writable,
         places=places,

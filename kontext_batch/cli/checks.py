@@ -73,7 +73,7 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     yield from _inboxes(settings)
     if settings.inbox_queue is not None:
         yield _queue(settings, settings.inbox_queue)
-    if settings.content_filter:
+    if settings.content_filter is not None:
         yield _filter(settings.content_filter)
     if settings.tokens_file is not None:
         yield _tokens(settings.tokens_file)

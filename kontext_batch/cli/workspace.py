@@ -140,23 +140,23 @@ def verify(
         broken = application.repository.verify()
         prefix = application.artifact_keys.prefix
         missing, unknown = compare_store(application.repository, application.store, prefix) if objects else ([], [])
+        if as_json:
+            output.say_json({"broken": broken, "missing": missing, "unknown": unknown})
+        else:
+            for each in broken:
+                output.say(f"broken: {each.table} {each.id}: {each.rule}")
+            for uri in missing:
+                output.say(f"missing: {uri}")
+            found = f"{len(broken)} rows break a rule"
+            output.say(f"{found}, {len(missing)} objects are missing, {len(unknown)} are unknown" if objects else found)
         if forget and (lost := [name.sha256 for name in map(application.artifact_keys.parse, missing) if name]):
             confirm(
-                f"{len(lost)} missing objects will be forgotten; the next run makes again what it needs, open runs "
-                "that only have to deliver them fail.",
+                f"{len(lost)} missing object{'s' if len(lost) > 1 else ''} will be forgotten; the next run makes again "
+                "what it needs, open runs that only have to deliver it fail.",
                 yes=yes,
             )
             by = act(application.settings, "db verify", forget=True, artifacts=len(lost))
             application.repository.lost_artifacts(lost, by=by)
-    if as_json:
-        output.say_json({"broken": broken, "missing": missing, "unknown": unknown})
-    else:
-        for each in broken:
-            output.say(f"broken: {each.table} {each.id}: {each.rule}")
-        for uri in missing:
-            output.say(f"missing: {uri}")
-        found = f"{len(broken)} rows break a rule"
-        output.say(f"{found}, {len(missing)} objects are missing, {len(unknown)} are unknown" if objects else found)
     raise typer.Exit(1 if broken or missing else 0)
 
 

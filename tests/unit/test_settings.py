@@ -31,6 +31,7 @@ def test_defaults_need_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("batch_rows: 0", "batch_rows"),
         ("batch_row: 3", "batch_row"),
         ("lease_seconds: 5", "lease_seconds"),
+        ("content_filter: '  '", "content_filter.*blank"),
         ("- a", "mapping"),
         ("a: [", "YAML"),
     ],

@@ -124,7 +124,9 @@ def test_what_destroys_is_asked_about(studio: Path, capsys: pytest.CaptureFixtur
     for command in ("gc --keep-bytes 0", "runs cancel 2 3", "workers drain --all", "db verify --objects --forget"):
         capsys.readouterr()
         assert main.main(command.split()) == 2, command
-        assert "say --yes" in " ".join(capsys.readouterr().err.split())
+        said = capsys.readouterr()
+        assert "say --yes" in " ".join(said.err.split())
+    assert "1 objects are missing" in said.out, "what it is about is shown before it is asked about"
     away.rename(kept)
     assert main.main(["db", "verify", "--objects", "--forget"]) == 0, "nothing was forgotten, and nothing is now"
     assert len(list((studio / "kontext-out" / "objects").rglob("*.png"))) == 4
