@@ -317,7 +317,14 @@ class Worker:
         )
         if not steps:
             return False
+        self.held = frozenset((step.id, step.token) for step in steps)
         metrics.PHASE_SECONDS.labels("claim").observe(time.perf_counter() - started)
+        try:
+            return self._work_on(steps, ring=ring, on_step=on_step)
+        finally:
+            self.held = frozenset()
+
+    def _work_on(self, steps: Sequence[LeasedStep], *, ring: bool, on_step: OnStep | None) -> bool:
         metrics.BATCH_STEPS.labels(steps[0].lane).observe(len(steps))
         metrics.BATCH_OCCUPANCY.labels(steps[0].lane).observe(len(steps) / self.batch_rows)
         self.turns.took(steps)
@@ -333,13 +340,12 @@ class Worker:
 
     def _execute(self, steps: Sequence[LeasedStep], on_step: OnStep | None) -> bool:
         """False when it was stopped and the steps were given back."""
-        held = self.held = frozenset((step.id, step.token) for step in steps)
 
         def on_row_step(done: int, total: int) -> None:
             self.pulse.beat()
             if on_step is not None:
                 on_step(done, total)
-            if self.stopping.is_set() or self.orders.unwanted >= held:
+            if self.stopping.is_set() or self.orders.unwanted >= self.held:
                 raise Stopped
 
         try:
@@ -351,8 +357,6 @@ class Worker:
         except (StorageFull, StorageReadOnly, NotAllowed):
             self._release(steps)  # not their fault: they wait until there is room, or another place
             raise
-        finally:
-            self.held = frozenset()
         if report.fenced:
             log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
         self._ring_others(report)
