@@ -35,6 +35,7 @@ ONLY_OF: dict[str, tuple[str, ...]] = {
     "shares": FLOWS,
     "preview_every": FLOWS,
     "device": FLOWS,
+    "compile": FLOWS,
     "dtype": ("flow", "finetune"),
     "deepen": ("flow",),
     "rank": ("lora",),
@@ -100,6 +101,8 @@ class TrainingConfig:
     threads: PositiveInt | None = None
     device: str = "auto"
     """`auto` is cuda, mps or cpu, in that order. The autoencoder of `kind: autoencoder` is trained on the CPU."""
+    compile: bool = False
+    """Compile the flow's blocks (torch.compile): minutes at first, quicker steps then. A CPU needs a C++ compiler."""
     preview_every: Annotated[int, Field(ge=0)] = 0
     """Steps between sheets of source, edit and target in `folder/previews`; 0 makes none."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from engine.autoencoder import Autoencoder
 from engine.config import FlowConfig
+from engine.errors import ConfigError
 from engine.latents import context_ids, grid_ids
 from engine.text import TextEncoder
 from engine.training.data import FlowData
@@ -39,6 +42,8 @@ PROMPT_DROPOUT = 0.05
 GUIDANCE = 2.5
 """Any value, where the model is not guidance-distilled: see `start_like_dit`."""
 CPU = torch.device("cpu")
+COMPILED_SHAPES = 64
+"""Of one kind of block, before torch gives up and runs it uncompiled: with and without context, grad or none."""
 
 
 class FlowWithText(nn.Module):
@@ -141,6 +146,19 @@ def freeze_unused_guidance(flow: FlowTransformer) -> None:
     """Leave a guidance embedder of zeros as it is: the model is not guidance-distilled."""
     if flow.guidance_in is not None and not any(parameter.any() for parameter in flow.guidance_in.parameters()):
         flow.guidance_in.requires_grad_(False)
+
+
+def compile_blocks(flow: FlowTransformer) -> None:
+    """Compile each block where it stands; names and values of the parameters stay. Raises `ConfigError`.
+
+    The first shapes are compiled as they are, from then on batch and length are variables.
+    """
+    on_cpu = next(flow.parameters()).device.type == "cpu"
+    if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError("compile: on a CPU it needs a C++ compiler; install g++, or name one in CXX")
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    for block in (*flow.double_blocks, *flow.single_blocks):
+        block.compile()
 
 
 def edit_loss(

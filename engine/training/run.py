@@ -19,7 +19,7 @@ from engine.training.adapter import LowRankAdapter
 from engine.training.autoencoder import reconstruction_psnr, train_autoencoder
 from engine.training.config import TrainingConfig
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_pairs, read_pairs
-from engine.training.flow import FlowWithText, freeze_unused_guidance, train_flow
+from engine.training.flow import FlowWithText, compile_blocks, freeze_unused_guidance, train_flow
 from engine.training.objective import Objective, pixel_metric
 from engine.training.place import alone_in, check_export, export, go_on_with
 from engine.training.report import plot, preview
@@ -94,6 +94,8 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
     elif config.kind == "lora":
         trained = LowRankAdapter(module.flow, config.rank, config.targets)
     parts = _data(config, autoencoder)
+    if config.compile:
+        compile_blocks(module.flow)
     sizes = ", ".join(f"{16 * part.grid[1]}x{16 * part.grid[0]}" for part in parts[:3]) + (", ..." if parts[3:] else "")
     say(f"{sum(len(part.prompts) for part in parts)} pairs of {sizes} on {device}")
     text = module.text

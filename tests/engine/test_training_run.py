@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig, FlowConfig
@@ -27,7 +29,7 @@ from engine.training.autoencoder import normalised, picture_pool
 from engine.training.config import TrainingConfig
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_all, read_pairs
 from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
-from engine.training.flow import FlowWithText, edit_loss, start_like_dit, train_flow
+from engine.training.flow import FlowWithText, compile_blocks, edit_loss, start_like_dit, train_flow
 from engine.training.instructions import KINDS
 from engine.training.loop import LoopConfig, Moment
 from engine.training.place import alone_in
@@ -154,6 +156,30 @@ def test_low_rank_training_moves_the_adapter_alone(module: FlowWithText, tmp_pat
     after, trained = snapshot(module), snapshot(adapter)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(not torch.equal(start[name], trained[name]) for name in start if name.startswith("up."))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it does itself
+@torch.no_grad()  # half of the compiling
+def test_compiled_blocks_compute_the_same_and_keep_their_names(
+    module: FlowWithText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # in this process
+    data, names = data_of(module), set(module.state_dict())
+    data.pairs.has_before.fill_(True)
+    plain = edit_loss(module, [data], Moment.of(0, 0), 4)
+    compile_blocks(module.flow)
+    counters.clear()
+    compiled = edit_loss(module, [data], Moment.of(0, 0), 4)
+    assert counters["stats"]["unique_graphs"] >= 2, "a double and a single block"
+    assert compiled.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert set(module.state_dict()) == names
+
+
+def test_compiling_on_a_cpu_without_a_compiler_is_told(module: FlowWithText, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
+        compile_blocks(module.flow)
 
 
 def test_an_adapter_changes_nothing_before_it_is_trained(module: FlowWithText) -> None:
