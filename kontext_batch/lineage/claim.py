@@ -312,7 +312,11 @@ def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float, hel
     if held:
         mine = (
             sa.select(STEPS.id)
-            .where(in_state(STEPS.state, StepState.LEASED), pair_in(STEPS.id, STEPS.lease_token, list(held)))
+            .where(
+                in_state(STEPS.state, StepState.LEASED),
+                STEPS.lease_owner == worker_id,  # such a database may give a token twice
+                pair_in(STEPS.id, STEPS.lease_token, list(held)),
+            )
             .order_by(STEPS.id)  # the order in which the commit locks them
             .with_for_update(key_share=True)
         )

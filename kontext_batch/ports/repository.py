@@ -335,7 +335,7 @@ class Repository(Protocol):
         ...
 
     def extend_leases(self, worker_id: str, lease_seconds: float, held: Collection[tuple[int, int]]) -> int:
-        """The heartbeat: extend those (step id, token) leases that have not been taken away; returns how many.
+        """The heartbeat: extend those (step id, token) leases that are still this worker's; returns how many.
 
         Not whatever stands under the worker's name: a database that was brought back without its last commits may say
         of a step that it is leased to a worker that has long done it.

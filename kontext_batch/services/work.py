@@ -69,7 +69,7 @@ class Heartbeat:
         lease_seconds: float,
         on_orders: Callable[[Orders], None] | None = None,
         *,
-        held: Callable[[], Collection[tuple[int, int]]] = tuple,
+        held: Callable[[], Collection[tuple[int, int]]],
         orders_seconds: float = ORDERS_SECONDS,
     ) -> None:
         """`held`: the (step id, token) leases that the worker knows of at a moment."""
@@ -139,7 +139,7 @@ class Worker:
     on_drain: Callable[[], None] | None = None
     """Called when it is told to drain, from the heartbeat's thread."""
     held: frozenset[tuple[int, int]] = frozenset()
-    """(step id, token) of the batch in flight: the leases that the heartbeat extends."""
+    """(step id, token) of the batch in flight, until it is committed or given back: what the heartbeat extends."""
     owed: int = 0
     """Deliveries that this worker's commits have made possible since it last looked for some."""
 
@@ -241,6 +241,7 @@ class Worker:
         while not self.stopping.is_set():
             try:
                 self.repository.release_all(self.info.id)
+                self.held = frozenset()
                 return
             except InfrastructureError as error:
                 log.warning("leases could not be given back yet", error=str(error))
@@ -319,10 +320,9 @@ class Worker:
             return False
         self.held = frozenset((step.id, step.token) for step in steps)
         metrics.PHASE_SECONDS.labels("claim").observe(time.perf_counter() - started)
-        try:
-            return self._work_on(steps, ring=ring, on_step=on_step)
-        finally:
-            self.held = frozenset()
+        worked = self._work_on(steps, ring=ring, on_step=on_step)
+        self.held = frozenset()
+        return worked
 
     def _work_on(self, steps: Sequence[LeasedStep], *, ring: bool, on_step: OnStep | None) -> bool:
         metrics.BATCH_STEPS.labels(steps[0].lane).observe(len(steps))

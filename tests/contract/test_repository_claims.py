@@ -212,6 +212,7 @@ def test_the_heartbeat_keeps_no_lease_that_its_worker_knows_nothing_of(repositor
     forgotten = claim(repository, limit=1)
     [known] = claim(repository, limit=1)
     run_out(repository, "w1", [*forgotten, known])
+    assert repository.extend_leases("w2", LEASE, held_by([known])) == 0, "somebody else's of the same token"
     assert repository.extend_leases("w1", LEASE, held_by([known])) == 1
     assert repository.reconcile().returned == 1
     assert names(claim(repository, "w2")) == names(forgotten)

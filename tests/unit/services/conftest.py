@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,14 @@ from kontext_batch.services.prepare import Prepared, submit
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.uris import file_uri
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
 
 RECIPE = """\
 version: 1

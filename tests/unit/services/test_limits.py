@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -14,14 +13,7 @@ from kontext_batch.ports import Orders, Repository, RunFigures
 from kontext_batch.services.limits import Limits, over
 from kontext_batch.services.work import Heartbeat, Worker
 from kontext_batch.settings import Settings
-from tests.unit.services.conftest import Studio
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+from tests.unit.services.conftest import Studio, wait_for
 
 
 def quick_worker(studio: Studio) -> Worker:
@@ -140,12 +132,12 @@ def test_the_heartbeat_extends_leases_and_asks_for_orders(studio: Studio, monkey
     monkeypatch.setattr(repository, "extend_leases", lambda *args: calls.append("extend"))
     monkeypatch.setattr(repository, "orders", orders)
     told: list[Orders] = []
-    with Heartbeat(repository, "w", 0.6, told.append, orders_seconds=0.02):
+    with Heartbeat(repository, "w", 0.6, told.append, held=tuple, orders_seconds=0.02):
         wait_for(lambda: calls.count("extend") >= 2)
     assert calls.count("orders") >= 2
     assert told[0].drain
     calls.clear()
-    with Heartbeat(repository, "w", 0.06):
+    with Heartbeat(repository, "w", 0.06, held=tuple):
         wait_for(lambda: calls.count("extend") >= 2)
     assert "orders" not in calls
 

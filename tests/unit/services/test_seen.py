@@ -104,7 +104,7 @@ def test_a_heartbeat_that_fails_is_counted(grown: Callable[..., float]) -> None:
         def extend_leases(self, worker_id: str, lease_seconds: float, held: object) -> int:
             raise InfrastructureError("no answer")
 
-    with capture_logs() as lines, Heartbeat(Away(), "w1", 0.03):  # type: ignore[arg-type]
+    with capture_logs() as lines, Heartbeat(Away(), "w1", 0.03, held=tuple):  # type: ignore[arg-type]
         deadline = time.monotonic() + 10
         while grown("kontext_batch_heartbeats_failed_total") < 1 and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,13 +28,13 @@ from kontext_batch.errors import (
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports import Artifact, EditJob, PendingDelivery, SettledDelivery, WorkerInfo
+from kontext_batch.ports import Artifact, EditJob, PendingDelivery, Repository, SettledDelivery, WorkerInfo
 from kontext_batch.registry import AdapterEntry, signature
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
 from kontext_batch.services.maintain import collect_garbage, gone_workers
 from kontext_batch.services.prepare import Selection
-from tests.unit.services.conftest import Studio
+from tests.unit.services.conftest import Studio, wait_for
 
 
 def test_a_run_computes_every_step_once_and_delivers(studio: Studio) -> None:
@@ -235,20 +235,35 @@ def test_a_stop_gives_the_leases_back_at_the_next_denoise_step(studio: Studio) -
     assert studio.worker().run_until_done(run_id).state is RunState.DONE
 
 
-def test_the_heartbeat_is_told_of_the_batch_in_flight_and_of_no_other(studio: Studio) -> None:
+def test_the_heartbeat_extends_the_batch_in_flight_and_no_other(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository: Repository = studio.app.repository
     worker = studio.worker(batch_rows=2)
+    worker.lease_seconds = 0.15  # a beat each 50 ms; SQLite may be slow, and nobody else is here to take the steps
     run_id = studio.submit()
-    told: list[bool] = []
+    beats: list[tuple[str, set[int]]] = []
+    seen: list[tuple[str, set[int]]] = []
 
-    def compare(done: int, total: int) -> None:
-        rows = studio.app.repository.run_steps(run_id)
-        leased = {row.id for row in rows if row.state is StepState.LEASED}
-        told.append({step_id for step_id, _ in worker.held} == leased != set())
+    def extend(worker_id: str, seconds: float, held: Collection[tuple[int, int]]) -> int:
+        beats.append((worker_id, {step_id for step_id, _ in held}))
+        return len(held)
 
-    worker.run_until_done(run_id, on_step=compare)
-    assert told
-    assert all(told)
-    assert worker.held == frozenset()
+    def on_step(done: int, total: int) -> None:
+        beats.clear()
+        wait_for(lambda: len(beats) >= 2)
+        leased = {row.id for row in repository.run_steps(run_id) if row.state is StepState.LEASED}
+        seen.append((worker.info.id, leased))
+        assert beats[1] == seen[-1]
+
+    monkeypatch.setattr(repository, "extend_leases", extend)
+    with worker.registered():
+        assert worker.work_once(on_step=on_step)
+        assert seen
+        assert seen[0][1]
+        beats.clear()
+        wait_for(lambda: len(beats) >= 2)
+        assert beats[1] == (worker.info.id, set()), "it is committed"
 
 
 def test_leases_of_a_killed_process_are_taken_over_at_once(studio: Studio) -> None:
