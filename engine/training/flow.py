@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,8 +155,9 @@ def compile_blocks(flow: FlowTransformer) -> None:
     The first shapes are compiled as they are, from then on batch and length are variables.
     """
     on_cpu = next(flow.parameters()).device.type == "cpu"
-    if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ConfigError("compile: on a CPU it needs a C++ compiler; install g++, or name one in CXX")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if on_cpu and shutil.which(compiler) is None:
+        raise ConfigError(f"compile: on a CPU it needs a C++ compiler; install {compiler}, or name another in CXX")
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     for block in (*flow.double_blocks, *flow.single_blocks):
         block.compile()

@@ -37,6 +37,8 @@ class Objective:
 
 PAPER = Objective()
 SCHEDULED = 0.75
+MEASURED_TOKENS = 1024
+"""Of the pictures that are decoded at once for `pixel_metric`: one of a megapixel is 4,096, and is decoded alone."""
 
 
 def draw_times(
@@ -59,7 +61,8 @@ def flow_loss(velocity: Velocity, x: Tensor, generator: torch.Generator, objecti
     mixed = (1 - t)[:, None, None] * x + t[:, None, None] * noise
     error = velocity(mixed, t).float() - (noise - x)
     if objective.metric is not None:
-        error = error @ objective.metric
+        with torch.autocast(x.device.type, enabled=False):  # it would make the loss bfloat16
+            error = error @ objective.metric
     of_rows = error.square().mean(dim=(1, 2))
     if objective.huber is not None:
         c = objective.huber
@@ -77,15 +80,15 @@ def pixel_metric(
     """
     channels = x.shape[-1]
     gram = torch.zeros(channels, channels, dtype=torch.float64)
-    for part in torch.split(x, 16):
+    for part in torch.split(x, max(1, MEASURED_TOKENS // x.shape[1])):
         tokens = part.detach().requires_grad_(True)
         pixels = autoencoder.decode(unpack(tokens, *grid))
         noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
         (found,) = torch.autograd.grad((pixels * noise).sum(), tokens)
-        rows = found.reshape(-1, channels).double().cpu()
+        rows = found.reshape(-1, channels).cpu().double()
         gram += rows.T @ rows
     gram *= channels / gram.trace()
     mixed = (1 - share) * torch.eye(channels, dtype=torch.float64) + share * gram
     values, vectors = torch.linalg.eigh(mixed)
-    root: Tensor = ((vectors * values.sqrt()) @ vectors.T).float()
+    root: Tensor = ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).float()
     return root

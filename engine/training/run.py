@@ -93,9 +93,9 @@ def _train_flow(config: TrainingConfig, say: Say) -> None:
         trained = module.flow
     elif config.kind == "lora":
         trained = LowRankAdapter(module.flow, config.rank, config.targets)
-    parts = _data(config, autoencoder)
     if config.compile:
         compile_blocks(module.flow)
+    parts = _data(config, autoencoder)
     sizes = ", ".join(f"{16 * part.grid[1]}x{16 * part.grid[0]}" for part in parts[:3]) + (", ..." if parts[3:] else "")
     say(f"{sum(len(part.prompts) for part in parts)} pairs of {sizes} on {device}")
     text = module.text

@@ -110,6 +110,15 @@ def constant_error(size: float) -> Velocity:
     return lambda x, t: x / t[:, None, None] + size
 
 
+@pytest.mark.parametrize("metric", [None, torch.eye(4)])
+def test_the_loss_is_fp32_under_autocast(metric: Tensor | None) -> None:
+    data = torch.zeros(2, 6, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = flow_loss(constant_error(0.1), data, generator(), Objective(metric=metric, huber=0.3))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(2 * 0.3 * ((0.01 + 0.09) ** 0.5 - 0.3), rel=1e-4)
+
+
 class OneChannel:
     """Decodes the first channel of the latents, and nothing of the others."""
 

@@ -32,6 +32,7 @@ from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
 from engine.training.flow import FlowWithText, compile_blocks, edit_loss, start_like_dit, train_flow
 from engine.training.instructions import KINDS
 from engine.training.loop import LoopConfig, Moment
+from engine.training.objective import Objective
 from engine.training.place import alone_in
 from engine.training.run import read_autoencoder
 from engine.training.run import train as run
@@ -259,6 +260,32 @@ def test_a_lora_from_a_table_of_pairs_by_the_command_line(tmp_path: Path, capsys
     engine = KontextEngine.load(CASE / "model", device="cpu", text_length=16)
     assert not engine.load_adapter(tmp_path / "adapter.safetensors").ignored
     assert (tmp_path / "run" / "metrics.csv").is_file()
+
+
+def test_what_a_config_asks_of_the_objective_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives: list[Objective] = []
+    compiled: list[FlowTransformer] = []
+    monkeypatch.setattr("engine.training.run.train_flow", lambda *args, objective, **kw: objectives.append(objective))
+    monkeypatch.setattr("engine.training.run.compile_blocks", compiled.append)
+    config = {
+        "kind": "finetune",
+        "folder": str(tmp_path / "run"),
+        "base": str(CASE / "model"),
+        "pairs": str(pairs_table(tmp_path)),
+        "size": [32, 32],
+        "compile": True,
+        "time_mean": 1.5,
+        "for_steps": [2, 4],
+        "pixel_share": 0.5,
+        "huber": 0.3,
+        "loop": {"steps": 2},
+    }
+    run(TrainingConfig.from_dict(config), say=lambda _: None)
+    [found] = objectives
+    assert (found.time_mean, found.for_steps, found.huber) == (1.5, (2, 4), 0.3)
+    assert found.metric is not None
+    assert found.metric.shape == (64, 64)
+    assert len(compiled) == 1
 
 
 # --- the autoencoder
