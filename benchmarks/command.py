@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kontext_batch.registry import shipped_folder
 
-STEPS = 4
+STEPS = 1
 """Denoise steps of the shipped model, as in recipes/demo."""
 
 

@@ -55,13 +55,13 @@ class Costs:
 
 
 MEASURED = Costs(
-    worker_ms=1.15,
-    database_ms=0.91,
+    worker_ms=1.07,
+    database_ms=0.92,
     wait_ms=0.0,
-    start_ms=0.0,
+    start_ms=1.7,
     submit_ms=0.07,
     database_bytes=4256.0,
-    wal_bytes=8722.0,
+    wal_bytes=8896.0,
     message_bytes=1157.0,
     ring_ms=9.0,
 )
@@ -82,10 +82,10 @@ class Timed:
 
 
 CHECKS = (
-    Timed(workers=2, steps=1008, seconds=0.88, cores=1.90),
-    Timed(workers=2, steps=10008, seconds=9.87, cores=1.96),
-    Timed(workers=4, steps=1008, seconds=1.05, cores=1.88),
-    Timed(workers=4, steps=10008, seconds=9.53, cores=1.95),
+    Timed(workers=2, steps=3006, seconds=2.74, cores=1.95),
+    Timed(workers=2, steps=12006, seconds=10.69, cores=1.94),
+    Timed(workers=4, steps=3006, seconds=3.16, cores=1.95),
+    Timed(workers=4, steps=12006, seconds=13.56, cores=1.87),
 )
 """Measured with the same command."""
 
@@ -302,7 +302,7 @@ def measure(quick: bool) -> tuple[Costs, tuple[Timed, ...]]:
     """Two workers and half of the longer run for the costs; two and four, and two sizes, to check them."""
     from benchmarks import control_plane, noop
 
-    sizes = (1_000, 4_000) if quick else (1_000, 10_000)
+    sizes = (1_000, 4_000) if quick else (3_000, 12_000)
     with tempfile.TemporaryDirectory(prefix="kontext-bench-") as folder, control_plane.servers_of(Path(folder)) as urls:
         bench = control_plane.Bench(Path(folder), *urls)
 
@@ -343,7 +343,7 @@ def measure(quick: bool) -> tuple[Costs, tuple[Timed, ...]]:
                 bench.wait(lambda workers=workers: len(bench.repository.workers()) >= workers)  # type: ignore[misc]
                 timed(workers, 500)
                 few_steps = [timed(workers, sizes[0], f"-{number}") for number in range(3)]
-                # A run of a second varies; the longer one has its median within it.
+                # A run of few seconds varies; the longer one has its median within it.
                 checks += [sorted(few_steps, key=lambda each: each.seconds)[1], timed(workers, sizes[1])]
             bench.stop_workers()
             # Before and after: the machine may have become faster or slower meanwhile.

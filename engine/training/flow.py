@@ -37,7 +37,7 @@ TINY = FlowConfig(
     axes_dims=(8, 16, 16),
     guidance_embed=True,
 )
-"""The shipped model: 3.7 M parameters, beside 0.5 M in its text encoders."""
+"""What the shipped model began as: 3.7 M parameters, beside 0.5 M in its text encoders."""
 PROMPT_DROPOUT = 0.05
 """Share of empty prompts, so that classifier-free guidance has something to lean away from."""
 GUIDANCE = 2.5

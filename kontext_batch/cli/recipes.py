@@ -28,7 +28,7 @@ matrix:
     sunset: {place: an orange studio sweep}
 
 defaults:
-  edit: {model: tiny, steps: 16}
+  edit: {model: tiny, steps: 1}
   seed: derive
 
 steps:
