@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.training.evaluate", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--count", type=int, default=56)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1, help="denoise steps")
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the pairs")
     parser.add_argument("--sheet", type=Path, help="PNG of source, edit and target")
     given = parser.parse_args(arguments)
