@@ -87,8 +87,6 @@ def _mean_lab(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
 def figures(measured: Sequence[Measured]) -> dict[str, float | None]:
     """Medians and shares over some outcomes; None where none of them says anything."""
     nearer = [each.outcome.nearer for each in measured if each.outcome.nearer is not None]
-    kept = [each.kept_db for each in measured if each.kept_db is not None]
-    far = [each.far_db for each in measured if each.far_db is not None]
     colour = [each.colour_error <= COLOUR_TOLERANCE for each in measured if each.colour_error is not None]
     unedited = [
         o.unedited for o in (each.outcome for each in measured) if o.unedited is not None and o.unedited < EQUAL
@@ -96,12 +94,18 @@ def figures(measured: Sequence[Measured]) -> dict[str, float | None]:
     return {
         "edit_db": statistics.median(each.outcome.psnr for each in measured),
         "autoencoder_db": statistics.median(each.outcome.ceiling for each in measured),
-        "source_db": statistics.median(unedited) if unedited else None,
-        "kept_db": statistics.median(kept) if kept else None,
-        "far_db": statistics.median(far) if far else None,
+        "source_db": _median(unedited),
+        "kept_db": _median([each.kept_db for each in measured]),
+        "far_db": _median([each.far_db for each in measured]),
         "nearer_share": sum(nearer) / len(nearer) if nearer else None,
         "colour_share": sum(colour) / len(colour) if colour else None,
     }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """Of those that say something."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def unseen(count: int, seed: int = HELD_OUT_SEED) -> list[Example]:

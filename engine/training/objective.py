@@ -76,7 +76,7 @@ def pixel_metric(
     """Root (c, c) of (1 - share) I + share G, G the mean over packed latents `x` (B, n, c) of the decoder's J^T J.
 
     What an error of latents costs in pixels differs much by its direction: for the shipped autoencoder an eighth of
-    the directions makes half of it. G is scaled to a mean eigenvalue of 1. Estimated from J^T w of random pixels w.
+    the directions makes 43 % of it. G is scaled to a mean eigenvalue of 1. Estimated from J^T w of random pixels w.
     """
     channels = x.shape[-1]
     gram = torch.zeros(channels, channels, dtype=torch.float64)
@@ -90,5 +90,5 @@ def pixel_metric(
     gram *= channels / gram.trace()
     mixed = (1 - share) * torch.eye(channels, dtype=torch.float64) + share * gram
     values, vectors = torch.linalg.eigh(mixed)
-    root: Tensor = ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).float()
-    return root
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root.to(x)

@@ -142,8 +142,7 @@ def _metric(config: TrainingConfig, autoencoder: Autoencoder, parts: list[Encode
     device = next(autoencoder.parameters()).device
     seen = max(parts, key=lambda part: len(part.prompts))
     generator = torch.Generator().manual_seed(config.loop.seed)
-    found = pixel_metric(autoencoder, seen.after[:MEASURED].to(device), seen.grid, config.pixel_share, generator)
-    return found.to(device)
+    return pixel_metric(autoencoder, seen.after[:MEASURED].to(device), seen.grid, config.pixel_share, generator)
 
 
 def _device(name: str) -> torch.device:

@@ -397,5 +397,5 @@ class Worker:
         )
 
     def _release(self, steps: Sequence[LeasedStep]) -> None:
-        self.repository.release([(step.id, step.token) for step in steps])
+        self.repository.release(sorted(self.held))
         metrics.STEPS.labels(steps[0].lane, "released").inc(len(steps))

@@ -126,7 +126,7 @@ def test_caps_hold_while_many_workers_claim_at_once(repository: SqlRepository) -
     by_run = Counter(step.run_id for step in claimed)
     assert sum(by_run.values()) == 11
     assert max(by_run.values()) <= 5
-    repository.release([(step.id, step.token) for step in claimed])
+    repository.release(held_by(claimed))
     assert len(claim(repository, ranking=Turns(run_cap=5), capped=True)) == 8  # 5 of one run and 3 of another
 
 
@@ -164,7 +164,7 @@ def test_tokens_grow_with_each_claim(repository: SqlRepository) -> None:
     for token in (1, 2, 3):
         [step] = claim(repository)
         assert (step.token, step.attempt) == (token, 1)
-        repository.release([(step.id, step.token)])
+        repository.release(held_by([step]))
 
 
 def test_a_release_costs_no_attempt(repository: SqlRepository) -> None:

@@ -43,7 +43,7 @@ def work(url: str, name: str, result: Path) -> None:
         repository.intend_uploads([(artifact_of(step).uri, step.id, step.token) for step in steps])
         fate = chance.random()
         if fate < 0.05:
-            repository.release([(step.id, step.token) for step in steps])
+            repository.release(held_by(steps))
         elif fate < 0.1:
             repository.commit(None, [failed(step, retry_in=0.0) for step in steps])
             continue

@@ -98,7 +98,7 @@ ACTS: dict[str, Act] = {
     "commit done": lambda scene: scene.repository.commit(None, [done(step) for step in scene.leases]),
     "commit failed": lambda scene: scene.repository.commit(None, [failed(step) for step in scene.leases]),
     "commit for later": lambda scene: scene.repository.commit(None, [failed(s, retry_in=9) for s in scene.leases]),
-    "release": lambda scene: scene.repository.release([(step.id, step.token) for step in scene.leases]),
+    "release": lambda scene: scene.repository.release(held_by(scene.leases)),
     "retire": lambda scene: scene.repository.retire_worker("w1"),
     "lose": lambda scene: scene.lose(),
     "heartbeat": lambda scene: scene.repository.extend_leases("w1", LEASE, held_by(scene.leases)),

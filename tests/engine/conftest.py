@@ -12,11 +12,13 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+import engine as engine_package
 from engine.config import AutoencoderConfig, FlowConfig, ModelConfig
 from engine.pipeline import KontextEngine
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 CASE = REFERENCE / "case-1"
+SHIPPED = Path(engine_package.__path__[0]) / "models" / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import engine
 from engine.latents import unpack
 from engine.sampling import euler_step, schedule, shift_mu
 from engine.training.data import encode_all, stacked
 from engine.training.objective import SCHEDULED, Objective, Velocity, draw_times, flow_loss, pixel_metric
 from engine.training.products import Scene, render
 from engine.weights import find_model, load_autoencoder
-
-MODEL = Path(engine.__path__[0]) / "models" / "tiny"
+from tests.engine.conftest import SHIPPED
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -138,7 +135,7 @@ def test_the_pixel_metric_counts_what_the_decoder_shows() -> None:
 
 def test_the_pixel_metric_of_the_shipped_autoencoder_tells_what_errors_cost() -> None:
     """Errors along its dearest and its cheapest directions, decoded: the pixels differ as it says."""
-    autoencoder = load_autoencoder(find_model(MODEL), device=torch.device("cpu"))
+    autoencoder = load_autoencoder(find_model(SHIPPED), device=torch.device("cpu"))
     pictures = stacked(render(Scene("mug", colour)) for colour in ("red", "blue", "teal", "pink"))
     x = encode_all(autoencoder, pictures)
     many = x.repeat(16, 1, 1)  # of few random pixels the spread of the eigenvalues would be that of chance

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-import engine
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.evaluate import evaluate, held_out
 from engine.training.products import Scene, render
+from tests.engine.conftest import SHIPPED
 from tests.engine.tiny import load_pipeline
 
-MODEL = Path(engine.__path__[0]) / "models" / "tiny"
 PHOTO = Scene("mug", "red", background="studio", background_colour="grey")
 
 
@@ -29,13 +27,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shipped() -> KontextEngine:
-    return KontextEngine.load(MODEL, device="cpu")
+    return KontextEngine.load(SHIPPED, device="cpu")
 
 
 def test_it_is_small_and_has_a_card() -> None:
-    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 24 * 2**20
-    assert (MODEL / "README.md").is_file()
+    assert (SHIPPED / "README.md").is_file()
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -70,7 +68,7 @@ def test_guidance_changes_nothing(shipped: KontextEngine) -> None:
 def test_diffusers_loads_it_and_gives_the_same_latents(shipped: KontextEngine) -> None:
     request = EditRequest("make the mug blue", image=render(PHOTO), width=128, height=128, steps=2, seed=5)
     ours = shipped.edit([request])[0].latents
-    theirs = load_pipeline(MODEL)(
+    theirs = load_pipeline(SHIPPED)(
         image=request.image,
         prompt=request.prompt,
         width=128,

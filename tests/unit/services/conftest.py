@@ -21,14 +21,6 @@ from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.uris import file_uri
 
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 RECIPE = """\
 version: 1
 name: shop
@@ -56,6 +48,13 @@ steps:
 outputs:
   - {from: "${finish}", to: "out/${item}_${scene}.${ext}", if_exists: version}
 """
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def toy_picture(image: Image.Image) -> MadePicture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,7 @@ from kontext_batch.ports import EditJob, WorkerInfo
 from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.work import Heartbeat
 from tests.contract.plans import done
-from tests.unit.services.conftest import Studio
+from tests.unit.services.conftest import Studio, wait_for
 
 
 @pytest.fixture
@@ -105,9 +104,7 @@ def test_a_heartbeat_that_fails_is_counted(grown: Callable[..., float]) -> None:
             raise InfrastructureError("no answer")
 
     with capture_logs() as lines, Heartbeat(Away(), "w1", 0.03, held=tuple):  # type: ignore[arg-type]
-        deadline = time.monotonic() + 10
-        while grown("kontext_batch_heartbeats_failed_total") < 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: grown("kontext_batch_heartbeats_failed_total") >= 1)
     assert grown("kontext_batch_heartbeats_failed_total") >= 1
     assert (lines[0]["event"], lines[0]["worker"]) == ("heartbeat failed", "w1")
 
