@@ -34,6 +34,10 @@ class TextFeatures:
     pooled: Tensor
     """(pooled_dim,): CLIP's state at the first end-of-text token, before any projection."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.t5.nbytes + self.pooled.nbytes
+
 
 class TextEncoder:
     """Both encoders and their tokenizers; encodes each distinct prompt once."""

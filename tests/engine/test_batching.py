@@ -22,6 +22,7 @@ from engine.sampling import euler_step, guide
 from engine.sampling import schedule as times
 from engine.text import TextFeatures
 from engine.transformer import FlowTransformer
+from tests.engine.conftest import CASE
 from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
 
 BOUND = 2e-5
@@ -257,6 +258,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> KontextEngine:
     return load_engine(write_model(tmp_path_factory.mktemp("batching") / "model", Sizes(double=2, single=2)))
 
 
+@pytest.fixture
+def small() -> KontextEngine:
+    """The reference case's model, freshly loaded."""
+    return load_engine(CASE / "model")
+
+
 def mixed() -> list[EditRequest]:
     """Requests that differ in everything; several share a shape."""
     canvas = picture(64, 64)
@@ -327,17 +334,6 @@ class Counting:
         monkeypatch.setattr(transformer, "forward", counted)
 
 
-def test_requests_of_one_shape_share_passes_wherever_they_stand(
-    tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wide = EditRequest("a mug", width=64, height=32, steps=2)
-    tall = replace(wide, width=32, height=64, image=picture(32, 32))
-    monkeypatch.setattr(tiny, "max_rows", 2)
-    counting = Counting(tiny.transformer, monkeypatch)
-    tiny.edit([wide, tall, wide, tall])
-    assert counting.sizes == [2, 2, 2, 2]
-
-
 def test_progress_counts_row_steps(tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(tiny, "max_rows", 2)
@@ -351,18 +347,27 @@ def test_results_stream_as_they_finish(tiny: KontextEngine) -> None:
     assert [index for index, _ in tiny.stream(requests)] == [1, 2, 0]
 
 
-def test_each_distinct_prompt_is_encoded_once(tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[str] = []
-    original = tiny.text.encode
+def test_prompts_and_pictures_are_encoded_once(small: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[Any] = []
+    text, autoencoder = small.text.encode, small.autoencoder.encode
 
-    def encode(prompt: str) -> TextFeatures:
+    def encode_text(prompt: str) -> TextFeatures:
         encoded.append(prompt)
-        return original(prompt)
+        return text(prompt)
 
-    monkeypatch.setattr(tiny.text, "encode", encode)
-    mug = EditRequest("a mug", width=32, height=32, steps=1, negative_prompt="ugly", true_cfg_scale=2.0)
-    tiny.edit([mug, replace(mug, seed=1), replace(mug, prompt="ugly", negative_prompt="a mug")])
-    assert sorted(encoded) == ["a mug", "ugly"]
+    def encode_picture(pixels: Tensor) -> Tensor:
+        encoded.append(tuple(pixels.shape))
+        return autoencoder(pixels)
+
+    monkeypatch.setattr(small.text, "encode", encode_text)
+    monkeypatch.setattr(small.autoencoder, "encode", encode_picture)
+    mug = EditRequest("a mug", picture(32, 32), steps=1, negative_prompt="ugly", true_cfg_scale=2.0)
+    small.edit([mug, replace(mug, seed=1), replace(mug, prompt="ugly", negative_prompt="a mug", image=picture(32, 32))])
+    small.edit([replace(mug, image=picture(32, 32, 5))])  # also in a later call
+    assert encoded == [(1, 3, 32, 32), "a mug", "ugly", (1, 3, 32, 32)]
+    assert (small.prompts.hits, small.prompts.misses) == (6, 2)
+    assert (small.pictures.hits, small.pictures.misses) == (2, 2)
+    assert small.prompts.nbytes == 2 * small.encode_prompt("ugly").nbytes
 
 
 def test_no_requests_no_results(tiny: KontextEngine) -> None:

@@ -18,6 +18,7 @@ from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError
 from engine.latents import Latents, context_ids, draw_noise, image_to_tensor, pack, tensor_to_image, unpack
 from engine.layers import clip_half
 from engine.pipeline import EditRequest, EditResult, KontextEngine, choose_device
+from engine.requests import size_of
 from engine.text import default_text_length
 from tests.engine.conftest import CASE
 from tests.engine.tiny import Sizes, edited_json, load_engine, picture, worst, write_model
@@ -271,15 +272,15 @@ def test_size_left_out_is_the_models_own_nearest_to_the_canvas(
     tiny: KontextEngine, canvas: tuple[int, int], wanted: tuple[int, int] | None
 ) -> None:
     assert tiny.config.native_area == 256 * 256
-    found = tiny.size_for(replace(REQUEST, image=picture(*canvas), width=None, height=None))
+    found = size_of(replace(REQUEST, image=picture(*canvas), width=None, height=None), tiny.config)
     assert found == (wanted or geometry.nearest_size(*canvas, area=256 * 256))
     assert found in geometry.sizes(256 * 256)
     assert abs(found[0] * found[1] / 256**2 - 1) < 0.12
 
 
 def test_size_left_out_is_a_square_without_a_canvas(tiny: KontextEngine) -> None:
-    assert tiny.size_for(EditRequest("a mug")) == (256, 256)
-    assert tiny.size_for(EditRequest("a mug", references=(picture(64, 16),))) == (256, 256)
+    assert size_of(EditRequest("a mug"), tiny.config) == (256, 256)
+    assert size_of(EditRequest("a mug", references=(picture(64, 16),)), tiny.config) == (256, 256)
 
 
 def test_default_size_is_what_is_made(folder: Path, tmp_path: Path) -> None:
@@ -296,8 +297,8 @@ def test_default_size_is_what_is_made(folder: Path, tmp_path: Path) -> None:
 
 
 def test_kontext_sizes_at_one_megapixel(engine: KontextEngine) -> None:
-    assert engine.size_for(EditRequest("a mug", image=picture(1920 // 16 * 16, 1072))) == (1392, 752)
-    assert engine.size_for(EditRequest("a mug")) == (1024, 1024)
+    assert size_of(EditRequest("a mug", image=picture(1920 // 16 * 16, 1072)), engine.config) == (1392, 752)
+    assert size_of(EditRequest("a mug"), engine.config) == (1024, 1024)
 
 
 # Guidance

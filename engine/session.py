@@ -1,0 +1,135 @@
+"""Requests that are sampled together on one engine: admit, step, retire.
+
+    session = engine.session()
+    session.admit(request, tag)      # any time a slot is free, also while others are half done
+    session.step()                   # one denoise step of everything that is in
+    for tag, result in session.retire(): ...
+
+`KontextEngine.edit` and the worker drive the same three calls. A session belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+import torch
+
+from engine import geometry
+from engine.batching import Batch, Row
+from engine.errors import NonFiniteError
+from engine.latents import Latents, context_ids, draw_noise, grid_ids
+from engine.requests import EditRequest, EditResult, check, size_of
+from engine.sampling import schedule
+
+if TYPE_CHECKING:
+    from engine.pipeline import KontextEngine
+
+Tag = TypeVar("Tag")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job(Generic[Tag]):
+    """A request while its row is alive."""
+
+    tag: Tag
+    request: EditRequest
+    row: Row
+    width: int
+    height: int
+    encode_seconds: float
+    admitted: float
+    joined: int
+
+
+class Session(Generic[Tag]):
+    """The requests that one engine has in hand; while it is open the engine's adapters cannot be changed."""
+
+    def __init__(self, engine: KontextEngine) -> None:
+        self._engine = engine
+        self._batch = Batch(engine.transformer, engine.max_rows)
+        self._alive: dict[Row, _Job[Tag]] = {}
+        self.steps_taken = 0
+        """Denoise steps taken so far: the clock by which `joined` and `left` are told."""
+
+    def __enter__(self) -> Self:
+        self._engine.open_sessions += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._engine.open_sessions -= 1
+
+    @property
+    def alive(self) -> int:
+        """Requests that are being sampled."""
+        return len(self._alive)
+
+    @property
+    def free(self) -> int:
+        """How many requests may be admitted now."""
+        return self._batch.free
+
+    def admit(self, request: EditRequest, tag: Tag) -> None:
+        """Encode text and context, draw the noise: from the next step on the request takes part.
+
+        Raises `RequestError`, and then the request is not in.
+        """
+        engine = self._engine
+        check(request, engine.config)
+        started = time.perf_counter()
+        width, height = size_of(request, engine.config)
+        rows, columns = geometry.token_grid(width, height)
+        channels = engine.config.flow.in_channels
+        noise = request.noise
+        if noise is None:
+            noise = draw_noise(rows * columns, channels, rows, columns, request.seed)
+        grids = [geometry.token_grid(picture.width, picture.height) for picture in request.context]
+        context = [engine.encode_picture(picture) for picture in request.context]
+        negative = request.negative_prompt if request.guided else None
+        row = Row(
+            x=noise.to(engine.device, torch.float32),
+            context=torch.cat([torch.empty(0, channels, device=engine.device), *context]),
+            ids=torch.cat([grid_ids(rows, columns), *context_ids(grids, request.reference_layout)]).to(engine.device),
+            text=engine.encode_prompt(request.prompt),
+            times=schedule(request.steps, rows * columns),
+            guidance=request.guidance,
+            negative=None if negative is None else engine.encode_prompt(negative),
+            cfg_scale=request.true_cfg_scale,
+        )
+        now = time.perf_counter()
+        self._alive[row] = _Job(tag, request, row, width, height, now - started, now, self.steps_taken)
+        self._batch.admit(row)
+
+    def step(self) -> None:
+        """Move every request that is in one denoise step on."""
+        self._batch.step()
+        self.steps_taken += 1
+
+    def retire(self) -> list[tuple[Tag, EditResult | NonFiniteError]]:
+        """Let the finished requests leave, decoded, in the order in which they joined."""
+        return [(job.tag, self._finish(job)) for job in map(self._alive.pop, self._batch.retire())]
+
+    def _finish(self, job: _Job[Tag]) -> EditResult | NonFiniteError:
+        sampled = time.perf_counter()
+        latents = job.row.x.cpu()
+        if not torch.isfinite(latents).all():
+            return NonFiniteError(f"the result of seed {job.request.seed} is not finite; check the model's weights")
+        try:
+            image = self._engine.decode(Latents(latents, job.width, job.height))
+        except NonFiniteError as error:
+            return error
+        return EditResult(
+            image=image,
+            latents=latents,
+            seed=job.request.seed,
+            width=job.width,
+            height=job.height,
+            timings={
+                "encode": job.encode_seconds,
+                "sample": sampled - job.admitted,
+                "decode": time.perf_counter() - sampled,
+            },
+            joined=job.joined,
+            left=self.steps_taken,
+        )
