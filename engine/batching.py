@@ -1,27 +1,30 @@
 """Rows that are sampled together: admit, step, retire.
 
-A row is one request in numbers. It knows tensors, times and guidance; it knows no prompts, pictures or files. Rows
-join and leave between denoise steps, and each is at its own time: one step moves every live row one Euler step on, in
-as few forward passes as their shapes allow. Rows of one shape (target, context and text tokens) share a pass.
+A row is one request in numbers. It knows latents and times; it knows no prompts, pictures or files. Rows join and
+leave between denoise steps, and each is at its own time: one step moves every live row one Euler step on, in as few
+forward passes as a budget of tokens allows. Rows of any sizes share a pass, since nothing is padded.
 
     schedule  decides which rows share a pass        (no tensors)
-    forward   computes their velocities              (no policy)
+    forward   computes their velocities              (no policy; engine.packed)
     advance   moves each row on                      (no model)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from engine.packed import Condition, Place
 from engine.sampling import euler_step, guide
-from engine.text import TextFeatures
-from engine.transformer import FlowTransformer
 
 DEFAULT_MAX_ROWS = 8
+DEFAULT_MAX_TOKENS = 8 * 8704
+"""Of one forward pass: eight edits at 1 MP with a context of 1 MP."""
+
+Forward = Callable[[Sequence[Place]], Sequence[Tensor]]
+"""Velocity (n, channels) fp32 of each place's target tokens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,51 +33,38 @@ class Row:
 
     x: Tensor
     """(n, channels) fp32: packed latents at time `times[done]`."""
-    context: Tensor
-    """(m, channels) fp32: packed latents of the context images; m = 0 without any."""
-    ids: Tensor
-    """(n + m, 3): positions of target and context tokens."""
-    text: TextFeatures
+    condition: Condition
+    """What the prompt, the context and the schedule bring to every forward pass."""
     times: Sequence[float]
     """Steps + 1 times from 1 to 0."""
-    guidance: float
-    negative: TextFeatures | None = None
-    """Features of the negative prompt; None runs without classifier-free guidance."""
+    negative: Condition | None = None
+    """The same for the negative prompt; None runs without classifier-free guidance."""
     cfg_scale: float = 1.0
     done: int = 0
     """Denoise steps taken."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Target, context and text tokens: rows of equal shape can share a forward pass."""
-        return self.x.shape[0], self.context.shape[0], self.text.t5.shape[0]
+    def places(self) -> list[Place]:
+        """What it asks of a forward pass: a row with a negative prompt takes two places."""
+        conditions = [self.condition] if self.negative is None else [self.condition, self.negative]
+        return [Place(self.x, condition, self.done) for condition in conditions]
 
     @property
     def finished(self) -> bool:
         return self.done == len(self.times) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One row's place in a forward pass; a row with a negative prompt takes two."""
-
-    row: Row
-    negative: bool = False
-
-    @property
-    def text(self) -> TextFeatures:
-        text = self.row.negative if self.negative else self.row.text
-        assert text is not None
-        return text
-
-
 @dataclass(slots=True)
 class Batch:
     """The live rows of one model."""
 
-    transformer: FlowTransformer
+    forward: Forward
     max_rows: int = DEFAULT_MAX_ROWS
-    """Most rows alive at once, and most places in one forward pass."""
+    """Most rows alive at once."""
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    """Most tokens in one forward pass, unless one place alone has more. 0 gives every place a pass of its own: the
+    result of a row is then bit for bit the same whatever else is in the batch.
+    """
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -89,12 +79,10 @@ class Batch:
 
     def step(self) -> None:
         """Move every live row one denoise step on."""
-        velocities: dict[tuple[Row, bool], Tensor] = {}
-        for places in schedule(self.rows, self.max_rows):
-            for place, velocity in zip(places, forward(self.transformer, places), strict=True):
-                velocities[place.row, place.negative] = velocity
+        places = [place for row in self.rows for place in row.places]
+        velocities = iter([velocity for each in schedule(places, self.max_tokens) for velocity in self.forward(each)])
         for row in self.rows:
-            advance(row, velocities[row, False], velocities.get((row, True)))
+            advance(row, next(velocities), None if row.negative is None else next(velocities))
 
     def retire(self) -> list[Row]:
         """Let the finished rows leave, in the order in which they joined."""
@@ -103,31 +91,18 @@ class Batch:
         return finished
 
 
-def schedule(rows: Iterable[Row], most: int) -> list[list[Place]]:
-    """Forward passes of at most `most` places, each of one shape."""
-    by_shape: dict[tuple[int, int, int], list[Place]] = {}
-    for row in rows:
-        places = by_shape.setdefault(row.shape, [])
-        places.append(Place(row))
-        if row.negative is not None:
-            places.append(Place(row, negative=True))
-    return [places[start : start + most] for places in by_shape.values() for start in range(0, len(places), most)]
-
-
-@torch.no_grad()
-def forward(transformer: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
-    """Velocity (n, channels) fp32 of each place, for the target tokens alone."""
-    rows = [place.row for place in places]
-    device = rows[0].x.device
-    velocity = transformer(
-        img=torch.stack([torch.cat([row.x, row.context]) for row in rows]),
-        img_ids=torch.stack([row.ids for row in rows]),
-        txt=torch.stack([place.text.t5 for place in places]),
-        pooled=torch.stack([place.text.pooled for place in places]),
-        t=torch.tensor([row.times[row.done] for row in rows], dtype=torch.float32, device=device),
-        guidance=torch.tensor([row.guidance for row in rows], dtype=torch.float32, device=device),
-    )
-    return list(velocity[:, : rows[0].x.shape[0]].float())
+def schedule(places: Iterable[Place], most: int) -> list[list[Place]]:
+    """Forward passes of at most `most` tokens each, in order; a place that has more gets a pass of its own."""
+    passes: list[list[Place]] = []
+    free = 0
+    for place in places:
+        tokens = place.condition.tokens
+        if not passes or tokens > free:
+            passes.append([])
+            free = most
+        passes[-1].append(place)
+        free -= tokens
+    return passes
 
 
 def advance(row: Row, velocity: Tensor, negative: Tensor | None) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from engine.linear import Linear
 from engine.rope import rotate
 
 TIME_FACTOR = 1000.0  # the model is given t in [0, 1] and embeds 1000 t
@@ -50,8 +51,8 @@ class Embedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_size)
-        self.out_layer = nn.Linear(hidden_size, hidden_size)
+        self.in_layer = Linear(in_dim, hidden_size)
+        self.out_layer = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.out_layer(F.silu(self.in_layer(x)))
@@ -64,16 +65,22 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
+        self.additions: list[Tensor] = []
+        """(D,) fp32 each: what adapters add to the scale."""
+
+    def weight(self) -> Tensor:
+        """The scale as it acts, (1, D) fp32."""
+        return sum(self.additions, start=self.scale.float())[None]
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale)
+        return rms_norm(x, self.weight()[0])
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     """Root mean square norm over the last axis, in fp32; the result has the dtype of `x`."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
-    return (normed * scale.float()).to(x.dtype)
+    return (normed * scale).to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -83,6 +90,10 @@ class QKNorm(nn.Module):
         super().__init__()
         self.query_norm = RMSNorm(dim)
         self.key_norm = RMSNorm(dim)
+
+    def weight(self) -> Tensor:
+        """Both scales as they act, (2, D) fp32: the queries' and the keys'."""
+        return torch.cat([self.query_norm.weight(), self.key_norm.weight()])
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.query_norm(q), self.key_norm(k)
@@ -117,7 +128,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.lin = nn.Linear(dim, 3 * count * dim)
+        self.lin = Linear(dim, 3 * count * dim)
 
     def forward(self, vec: Tensor) -> list[Shift]:
         chunks = self.lin(F.silu(vec))[:, None].chunk(3 * self.count, dim=-1)
@@ -130,9 +141,9 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed queries and keys, and values; each (B, H, L, D)."""
@@ -142,7 +153,7 @@ class SelfAttention(nn.Module):
 
 
 def mlp(dim: int, inner: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, dim))
+    return nn.Sequential(Linear(dim, inner), nn.GELU(approximate="tanh"), Linear(inner, dim))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -181,8 +192,8 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.split = (3 * dim, mlp_size)
-        self.linear1 = nn.Linear(dim, 3 * dim + mlp_size)  # rows q, k, v, mlp
-        self.linear2 = nn.Linear(dim + mlp_size, dim)  # columns attention, mlp
+        self.linear1 = Linear(dim, 3 * dim + mlp_size)  # rows q, k, v, mlp
+        self.linear2 = Linear(dim + mlp_size, dim)  # columns attention, mlp
         self.norm = QKNorm(dim // num_heads)
         self.modulation = Modulation(dim, 1)
 
@@ -200,8 +211,8 @@ class LastLayer(nn.Module):
 
     def __init__(self, dim: int, out_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)

@@ -1,7 +1,7 @@
 """Adapters: low-rank changes to a model's linears, in the layouts in which people share them (ENGINE.md 3c).
 
 Whatever its layout, a file becomes a list of changes in BFL names: which module, which of its rows, A, B and bias.
-They are added to the outputs of the modules by forward hooks. The weights are never touched: unloading gives back the
+They are added to the outputs of the modules. The weights are never touched: unloading gives back the
 very model, saving writes the model alone, and several adapters add up.
 
 Layouts, in the order in which they are told apart:
@@ -20,20 +20,20 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from engine.errors import AdapterError, ConfigError, WeightsError
 from engine.keys import SWAPPED, flow_modules, part_rows, swap_halves
-from engine.layers import RMSNorm, rms_norm
+from engine.layers import RMSNorm
+from engine.linear import Linear, LowRank
 from engine.transformer import FlowTransformer
 from engine.weights import read_json, safetensors_files
 
@@ -156,7 +156,7 @@ class Adapters:
         """`transformer` and, where there are any, `text_encoder` and `text_encoder_2`."""
         self.loaded: list[tuple[Adapter, float]] = []
         """With their scales, in the order of loading."""
-        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
 
     def load(self, path: Path, scale: float) -> Adapter:
         """Read, check and apply; the model is unchanged when this raises `AdapterError`."""
@@ -167,46 +167,53 @@ class Adapters:
             logger.warning("%s: %s", path, line)
         for change in adapter.changes:
             module = self.parts[change.target.part].get_submodule(change.target.module)
-            self._handles.append(_hook(module, change, scale))
+            self._undo.append(_apply(module, change, scale))
         self.loaded.append((adapter, scale))
         return adapter
 
     def unload(self) -> None:
         """Take all adapters off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         self.loaded.clear()
 
 
-def _hook(module: nn.Module, change: Change, scale: float) -> RemovableHandle:
-    """Add `scale` times the change to the module's output from now on."""
-    weight = module.scale if isinstance(module, RMSNorm) else module.weight
-    assert isinstance(weight, Tensor)
+def _apply(module: nn.Module, change: Change, scale: float) -> Callable[[], None]:
+    """Add `scale` times the change to the module's output from now on; returns what takes it off again."""
+    if isinstance(module, RMSNorm):
+        assert change.norm is not None
+        now = module.scale.float()
+        return _added(module.additions, scale * (change.norm.to(now.device) - now))
+    assert isinstance(module, nn.Linear)
+    weight, target = module.weight, change.target
 
     def placed(tensor: Tensor | None, factor: float = 1.0) -> Tensor | None:
         return None if tensor is None else (tensor * factor).to(weight.device, weight.dtype)
 
-    if change.norm is not None:
-        difference = scale * (change.norm.to(weight.device) - weight.float())
-
-        def renorm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + rms_norm(args[0], difference)
-
-        return module.register_forward_hook(renorm)
-
-    down, up, bias = placed(change.down), placed(change.up, scale), placed(change.bias, scale)
-    start, stop = change.target.start, change.target.stop
+    addition = LowRank(
+        target.start, target.stop, placed(change.down), placed(change.up, scale), placed(change.bias, scale)
+    )
+    if isinstance(module, Linear):
+        return _added(module.additions, addition)
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows = output[..., start:stop]  # a view: the output is the module's own, fresh from its linear
-        if down is not None and up is not None:
-            rows += F.linear(F.linear(args[0].to(down.dtype), down), up)
-        if bias is not None:
-            rows += bias
-        return output
+        added = addition(args[0], 0, output.shape[-1])
+        return output if added is None else output + added
 
-    return module.register_forward_hook(add)
+    return module.register_forward_hook(add).remove
+
+
+Item = TypeVar("Item")
+
+
+def _added(additions: list[Item], addition: Item) -> Callable[[], None]:
+    additions.append(addition)
+    return partial(_remove, additions, addition)
+
+
+def _remove(additions: list[Item], addition: Item) -> None:
+    additions[:] = [each for each in additions if each is not addition]
 
 
 def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine import geometry
 from engine.autoencoder import Autoencoder
-from engine.batching import DEFAULT_MAX_ROWS
+from engine.batching import DEFAULT_MAX_ROWS, DEFAULT_MAX_TOKENS
 from engine.config import ModelConfig
 from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
 from engine.kept import Kept
@@ -63,7 +63,11 @@ class KontextEngine:
         self.text = text
         self.device = device
         self.max_rows = max_rows
-        """Most rows alive at once; bounds the memory of a step."""
+        """Most rows alive at once."""
+        self.max_tokens = DEFAULT_MAX_TOKENS
+        """Most tokens of one forward pass: bounds the memory of a step."""
+        self.batch_invariant = False
+        """Whether a result is to be the same, bit for bit, whatever else is in the batch."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
         self.open_sessions = 0
         """Weights must not change under a session's rows."""

@@ -11,16 +11,21 @@ from einops import rearrange
 from torch import Tensor
 
 
-def rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions `ids` (B, L, axes): two fp32 tensors (B, 1, L, D/2).
+def angles(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
+    """Angles (..., L, D/2) in fp64, on the CPU, for positions `ids` (..., L, axes).
 
-    Angles are computed in fp64, as diffusers does: the fp32 angles of the reference code are up to 7e-6 off.
+    fp64 as in diffusers: the fp32 angles of the reference code are up to 7e-6 off.
     """
-    angles = []
+    shares = []
     for axis, dim in enumerate(axes_dims):
         frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(ids[..., axis].cpu().double()[..., None] * frequency)
-    angle = torch.cat(angles, dim=-1)[:, None]
+        shares.append(ids[..., axis].cpu().double()[..., None] * frequency)
+    return torch.cat(shares, dim=-1)
+
+
+def rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions `ids` (B, L, axes): two fp32 tensors (B, 1, L, D/2)."""
+    angle = angles(ids, axes_dims, theta)[:, None]
     return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
 
 

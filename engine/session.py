@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from engine import geometry
 from engine.batching import Batch, Row
 from engine.errors import NonFiniteError
 from engine.latents import Latents, context_ids, draw_noise, grid_ids
+from engine.packed import Condition, condition, velocities
 from engine.requests import EditRequest, EditResult, check, size_of
 from engine.sampling import schedule
 
@@ -48,7 +50,9 @@ class Session(Generic[Tag]):
 
     def __init__(self, engine: KontextEngine) -> None:
         self._engine = engine
-        self._batch = Batch(engine.transformer, engine.max_rows)
+        self._batch = Batch(
+            partial(velocities, engine.transformer), engine.max_rows, 0 if engine.batch_invariant else engine.max_tokens
+        )
         self._alive: dict[Row, _Job[Tag]] = {}
         self.steps_taken = 0
         """Denoise steps taken so far: the clock by which `joined` and `left` are told."""
@@ -86,15 +90,26 @@ class Session(Generic[Tag]):
             noise = draw_noise(rows * columns, channels, rows, columns, request.seed)
         grids = [geometry.token_grid(picture.width, picture.height) for picture in request.context]
         context = [engine.encode_picture(picture) for picture in request.context]
+        context_latents = torch.cat([torch.empty(0, channels, device=engine.device), *context])
+        ids = torch.cat([grid_ids(rows, columns), *context_ids(grids, request.reference_layout)])
+        times = schedule(request.steps, rows * columns)
+
+        def conditioned(prompt: str) -> Condition:
+            return condition(
+                engine.transformer,
+                text=engine.encode_prompt(prompt),
+                context=context_latents,
+                ids=ids,
+                times=times,
+                guidance=request.guidance,
+            )
+
         negative = request.negative_prompt if request.guided else None
         row = Row(
             x=noise.to(engine.device, torch.float32),
-            context=torch.cat([torch.empty(0, channels, device=engine.device), *context]),
-            ids=torch.cat([grid_ids(rows, columns), *context_ids(grids, request.reference_layout)]).to(engine.device),
-            text=engine.encode_prompt(request.prompt),
-            times=schedule(request.steps, rows * columns),
-            guidance=request.guidance,
-            negative=None if negative is None else engine.encode_prompt(negative),
+            condition=conditioned(request.prompt),
+            times=times,
+            negative=None if negative is None else conditioned(negative),
             cfg_scale=request.true_cfg_scale,
         )
         now = time.perf_counter()

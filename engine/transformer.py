@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.config import FlowConfig
 from engine.layers import EMBEDDING_DIM, DoubleStreamBlock, Embedder, LastLayer, SingleStreamBlock, sinusoid
+from engine.linear import Linear
 from engine.rope import rotations
 
 
@@ -22,8 +23,8 @@ class FlowTransformer(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.img_in = nn.Linear(config.in_channels, size)
-        self.txt_in = nn.Linear(config.text_dim, size)
+        self.img_in = Linear(config.in_channels, size)
+        self.txt_in = Linear(config.text_dim, size)
         self.time_in = Embedder(EMBEDDING_DIM, size)
         self.vector_in = Embedder(config.pooled_dim, size)
         self.guidance_in = Embedder(EMBEDDING_DIM, size) if config.guidance_embed else None

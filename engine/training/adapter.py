@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import AdapterError
 from engine.keys import SWAPPED, flow_to_diffusers
+from engine.linear import Linear
 from engine.transformer import FlowTransformer
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")
@@ -33,7 +34,7 @@ class LowRankAdapter(nn.Module):
         linears = {
             name: module
             for name, module in flow.named_modules()
-            if isinstance(module, nn.Linear) and name.endswith(tuple(targets)) and name != SWAPPED
+            if isinstance(module, Linear) and name.endswith(tuple(targets)) and name != SWAPPED
         }
         if not linears:
             raise AdapterError(f"no linear of the transformer has a name that ends in {', '.join(targets)}")
@@ -45,7 +46,7 @@ class LowRankAdapter(nn.Module):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self._translations = flow_to_diffusers(flow.state_dict(), flow.config)
         for index, linear in enumerate(linears.values()):
-            linear.register_forward_hook(_Hook(self, index))
+            linear.additions.append(_Addition(self, index))
 
     def tensors(self) -> dict[str, Tensor]:
         """In the names of diffusers and PEFT: parts of a fused linear share A and split the rows of B."""
@@ -64,12 +65,12 @@ class LowRankAdapter(nn.Module):
         save_file(self.tensors(), path, metadata={"format": "pt"})
 
 
-class _Hook:
-    """Adds the low-rank part to a linear's output."""
+class _Addition:
+    """What the low-rank part adds to a linear's output."""
 
     def __init__(self, adapter: LowRankAdapter, index: int) -> None:
         self.adapter, self.index = adapter, index
 
-    def __call__(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
         down, up = self.adapter.down[self.index], self.adapter.up[self.index]
-        return output + F.linear(F.linear(inputs[0], down), up)
+        return F.linear(F.linear(x, down), up[start:stop])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.batching import Batch, Place, Row, advance, forward, schedule
-from engine.config import FlowConfig
-from engine.latents import grid_ids
+from engine.batching import Batch, Row, advance, schedule
+from engine.packed import Condition, Place
 from engine.pipeline import EditRequest, KontextEngine
 from engine.sampling import euler_step, guide
 from engine.sampling import schedule as times
 from engine.text import TextFeatures
-from engine.transformer import FlowTransformer
 from tests.engine.conftest import CASE
 from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
 
@@ -29,27 +27,34 @@ BOUND = 2e-5
 CHANNELS = 4
 
 
-class Fake(FlowTransformer):
-    """Counts its forward passes and answers with a velocity that a function of each row's inputs gives."""
+class Fake:
+    """A forward pass that counts, and answers with a velocity that a function of each place gives."""
 
-    def __init__(self, velocity: Callable[[dict[str, Tensor]], Tensor]) -> None:
-        nn.Module.__init__(self)
-        self.config = FlowConfig()
+    def __init__(self, velocity: Callable[[Place], Tensor]) -> None:
         self.velocity = velocity
-        self.passes: list[dict[str, Tensor]] = []
+        self.passes: list[Sequence[Place]] = []
 
-    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
-        self.passes.append(inputs)
-        return self.velocity(inputs)
+    def __call__(self, places: Sequence[Place]) -> list[Tensor]:
+        self.passes.append(places)
+        return [self.velocity(place) for place in places]
 
     @property
     def sizes(self) -> list[int]:
         """Places of each pass."""
-        return [inputs["img"].shape[0] for inputs in self.passes]
+        return [len(places) for places in self.passes]
 
 
 def constant(value: float) -> Fake:
-    return Fake(lambda inputs: torch.full_like(inputs["img"], value))
+    return Fake(lambda place: torch.full_like(place.x, value))
+
+
+def condition(*, text: int = 3, image: int = 6, context: int = 0, fill: float = 0.0) -> Condition:
+    return Condition(
+        text=torch.full((text, 5), fill),
+        context=torch.full((context, 5), 100.0),
+        rotation=torch.zeros(text + image + context, 1, dtype=torch.complex64),
+        modulation=(),
+    )
 
 
 def row(
@@ -61,17 +66,12 @@ def row(
     guided: bool = False,
     cfg_scale: float = 3.0,
     fill: float = 0.0,
-    guidance: float = 2.5,
 ) -> Row:
-    features = TextFeatures(torch.full((text, 5), fill), torch.full((2,), fill))
-    negative = TextFeatures(torch.full((text, 5), -1.0), torch.full((2,), -1.0))
+    negative = condition(text=text, image=tokens, context=context, fill=-1.0)
     return Row(
         x=torch.full((tokens, CHANNELS), fill),
-        context=torch.full((context, CHANNELS), 100.0),
-        ids=torch.zeros(tokens + context, 3),
-        text=features,
+        condition=condition(text=text, image=tokens, context=context, fill=fill),
         times=times(steps, tokens),
-        guidance=guidance,
         negative=negative if guided else None,
         cfg_scale=cfg_scale,
     )
@@ -90,60 +90,59 @@ def run(batch: Batch, waiting: Sequence[Row]) -> list[Row]:
 
 # Who shares a pass
 
-rows = st.builds(
-    row,
-    tokens=st.sampled_from([1, 4, 6]),
-    context=st.sampled_from([0, 2]),
-    text=st.sampled_from([3, 5]),
-    guided=st.booleans(),
+places = st.lists(st.integers(1, 40), max_size=12).map(
+    lambda counts: [Place(torch.zeros(1, CHANNELS), condition(text=0, image=count), 0) for count in counts]
 )
 
 
-@given(rows=st.lists(rows, max_size=12), most=st.integers(1, 9))
+@given(places=places, most=st.integers(0, 100))
 @settings(deadline=None)
-def test_every_place_is_in_exactly_one_pass(rows: list[Row], most: int) -> None:
-    passes = schedule(rows, most)
-    wanted = Counter((id(row), negative) for row in rows for negative in (False, True) if not negative or row.negative)
-    found = Counter((id(place.row), place.negative) for places in passes for place in places)
-    assert found == wanted
-    for places in passes:
-        assert 1 <= len(places) <= most
-        assert len({place.row.shape for place in places}) == 1
+def test_every_place_is_in_one_pass_within_the_budget(places: list[Place], most: int) -> None:
+    passes = schedule(places, most)
+    assert [place for each in passes for place in each] == places
+    for each in passes:
+        assert each
+        assert len(each) == 1 or sum(place.condition.tokens for place in each) <= most
 
 
-@given(rows=st.lists(rows, max_size=12), most=st.integers(1, 9))
+@given(places=places, most=st.integers(0, 100))
 @settings(deadline=None)
-def test_passes_are_as_few_as_shapes_and_the_limit_allow(rows: list[Row], most: int) -> None:
-    places = Counter(row.shape for row in rows for _ in range(2 if row.negative else 1))
-    assert len(schedule(rows, most)) == sum(-(-count // most) for count in places.values())
+def test_a_pass_is_closed_only_when_the_next_place_would_not_fit(places: list[Place], most: int) -> None:
+    passes = schedule(places, most)
+    for each, following in pairwise(passes):
+        assert sum(place.condition.tokens for place in (*each, following[0])) > most
 
 
-def test_nothing_to_do_is_no_pass() -> None:
-    assert schedule([], 8) == []
-
-
-def test_negative_places_have_the_negative_text() -> None:
-    guided = row(guided=True, fill=7.0)
-    assert Place(guided).text is guided.text
-    assert Place(guided, negative=True).text is guided.negative
-
-
-# What a pass is given
-
-
-def test_each_place_carries_its_own_time_guidance_text_and_context() -> None:
+def test_rows_of_any_shape_share_a_pass() -> None:
     model = constant(0.0)
-    one, two = row(context=2, fill=1.0, guidance=1.5, steps=2), row(context=2, fill=2.0, guidance=4.0, steps=5)
-    two.done = 3
-    velocities = forward(model, [Place(one), Place(two)])
-    (inputs,) = model.passes
-    assert inputs["t"].tolist() == pytest.approx([one.times[0], two.times[3]])
-    assert inputs["guidance"].tolist() == [1.5, 4.0]
-    assert inputs["txt"][:, 0, 0].tolist() == [1.0, 2.0]
-    assert inputs["pooled"][:, 0].tolist() == [1.0, 2.0]
-    assert inputs["img"][:, 0, 0].tolist() == [1.0, 2.0]  # target tokens first
-    assert bool((inputs["img"][:, 6:] == 100.0).all())  # then the context
-    assert [velocity.shape for velocity in velocities] == [(6, CHANNELS)] * 2  # of the target alone
+    others = [row(tokens=4, steps=1), row(context=2, steps=1), row(text=5, steps=1)]
+    run(Batch(model), [row(steps=1), *others])
+    assert model.sizes == [4]
+
+
+def test_without_a_budget_every_place_has_a_pass_of_its_own() -> None:
+    model = constant(0.0)
+    run(Batch(model, max_tokens=0), [row(steps=1), row(steps=1, guided=True)])
+    assert model.sizes == [1, 1, 1]
+
+
+def test_a_negative_prompt_takes_a_place_of_its_own() -> None:
+    guided = row(guided=True, fill=7.0)
+    assert [place.condition for place in guided.places] == [guided.condition, guided.negative]
+    assert [place.x is guided.x for place in guided.places] == [True, True]
+    assert [place.condition for place in row().places] != []
+
+
+def test_each_place_is_at_its_own_time() -> None:
+    model = constant(0.0)
+    late = row(steps=5)
+    late.done = 3
+    batch = Batch(model)
+    for each in (row(steps=2), late):
+        batch.admit(each)
+    batch.step()
+    batch.step()
+    assert [[place.step for place in each] for each in model.passes] == [[0, 3], [1, 4]]
 
 
 # The way of a row
@@ -161,14 +160,15 @@ def test_constant_velocity_lands_on_noise_minus_velocity(steps: int) -> None:
 def test_a_perfect_model_lands_on_its_data() -> None:
     """v = (x - data) / t is the velocity of a straight line; Euler's steps follow it exactly."""
     data = torch.linspace(-1, 1, 6 * CHANNELS).reshape(6, CHANNELS)
-    model = Fake(lambda inputs: (inputs["img"] - data) / inputs["t"][:, None, None])
-    finished = run(Batch(model), [row(steps=steps, fill=3.0) for steps in (1, 3, 9)])
+    model = Fake(lambda place: (place.x - data) / times(round(float(place.condition.text[0, 0])), 6)[place.step])
+    rows = [row(steps=steps, fill=float(steps)) for steps in (1, 3, 9)]
+    finished = run(Batch(model), rows)
     assert all(worst(each.x, data) < 1e-6 for each in finished)
 
 
 def test_classifier_free_guidance_by_hand() -> None:
     """Velocity 1 with the prompt (text 0), 5 with the negative one (text -1): 5 + 3 (1 - 5) = -7."""
-    model = Fake(lambda inputs: torch.ones_like(inputs["img"]) - 4 * inputs["txt"][:, :1, :1])
+    model = Fake(lambda place: torch.ones_like(place.x) - 4 * place.condition.text[0, 0])
     guided, plain = row(guided=True, cfg_scale=3.0), row()
     run(Batch(model), [guided, plain])
     assert worst(guided.x, torch.full((6, CHANNELS), 7.0)) < 1e-5
@@ -181,14 +181,6 @@ def test_advance_is_one_euler_step() -> None:
     velocity = guide(torch.full((6, CHANNELS), 3.0), torch.full((6, CHANNELS), 1.0), 3.0)
     assert torch.equal(one.x, euler_step(torch.full((6, CHANNELS), 2.0), velocity, one.times[0], one.times[1]))
     assert one.done == 1
-
-
-def test_latents_stay_fp32_whatever_the_model_answers_in() -> None:
-    model = Fake(lambda inputs: torch.ones_like(inputs["img"], dtype=torch.bfloat16))
-    (velocity,) = forward(model, [Place(row())])
-    assert velocity.dtype == torch.float32  # before guidance and the Euler step
-    (finished,) = run(Batch(model), [row()])
-    assert finished.x.dtype == torch.float32
 
 
 # Joining and leaving
@@ -205,30 +197,21 @@ def test_a_waiting_row_joins_as_soon_as_another_leaves() -> None:
     model = constant(0.0)
     run(Batch(model, max_rows=2), [row(steps=1), row(steps=4), row(steps=2), row(steps=1)])
     assert model.sizes == [2, 2, 2, 2]  # 8 row steps in 4 passes of 2: no slot is ever idle
-    joined = [inputs["t"].tolist() for inputs in model.passes]
-    assert [len([t for t in each if t == 1.0]) for each in joined] == [2, 1, 0, 1]
-
-
-def test_rows_of_different_shape_take_different_passes() -> None:
-    model = constant(0.0)
-    others = [row(tokens=4, steps=1), row(context=2, steps=1), row(text=5, steps=1)]
-    run(Batch(model), [row(steps=1), *others])
-    assert model.sizes == [1, 1, 1, 1]
+    assert [len([place for place in each if place.step == 0]) for each in model.passes] == [2, 1, 0, 1]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
-def test_the_limit_bounds_live_rows_and_places(most: int) -> None:
+def test_the_limit_bounds_live_rows(most: int) -> None:
     model = constant(0.0)
-    batch = Batch(model, max_rows=most)
     waiting = [row(steps=steps, guided=steps % 2 == 0) for steps in (3, 2, 4, 1, 2)]
-    places = sum((len(each.times) - 1) * (2 if each.negative else 1) for each in waiting)
+    places = sum(len(each.places) * (len(each.times) - 1) for each in waiting)
+    batch = Batch(model, max_rows=most)
     while waiting or batch.rows:
         while waiting and batch.free:
             batch.admit(waiting.pop(0))
         assert len(batch.rows) <= most
         batch.step()
         batch.retire()
-    assert max(model.sizes) <= most
     assert sum(model.sizes) == places
 
 
@@ -287,11 +270,14 @@ def alone(tiny: KontextEngine) -> list[Tensor]:
     return [tiny.edit([request])[0].latents for request in mixed()]
 
 
-@pytest.fixture(params=[1, 3, 8])
+@pytest.fixture(
+    params=[(1, 1000), (3, 1000), (8, 1000), (8, 120)], ids=lambda each: f"{each[0]} rows, {each[1]} tokens"
+)
 def limited(tiny: KontextEngine, request: pytest.FixtureRequest) -> Iterator[KontextEngine]:
-    before, tiny.max_rows = tiny.max_rows, request.param
+    before = tiny.max_rows, tiny.max_tokens
+    tiny.max_rows, tiny.max_tokens = request.param
     yield tiny
-    tiny.max_rows = before
+    tiny.max_rows, tiny.max_tokens = before
 
 
 @pytest.mark.parametrize("order", ["as written", "reversed", "shuffled"])
@@ -317,21 +303,6 @@ def test_equal_requests_in_one_batch_come_out_equal(tiny: KontextEngine) -> None
 def test_the_same_call_gives_the_same_bits(tiny: KontextEngine) -> None:
     first, second = tiny.edit(mixed()), tiny.edit(mixed())
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, second, strict=True))
-
-
-class Counting:
-    """Counts the forward passes of a real transformer."""
-
-    def __init__(self, transformer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        original = transformer.forward
-
-        def counted(**inputs: Any) -> Tensor:
-            self.sizes.append(inputs["img"].shape[0])
-            result: Tensor = original(**inputs)
-            return result
-
-        monkeypatch.setattr(transformer, "forward", counted)
 
 
 def test_progress_counts_row_steps(tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,26 +343,6 @@ def test_prompts_and_pictures_are_encoded_once(small: KontextEngine, monkeypatch
 
 def test_no_requests_no_results(tiny: KontextEngine) -> None:
     assert tiny.edit([]) == []
-
-
-@torch.no_grad()
-def test_rows_of_one_pass_do_not_see_one_another(tiny: KontextEngine) -> None:
-    """The transformer itself: one row among others equals the same row alone, time and guidance of each its own."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "img": torch.randn(3, 10, 64, generator=generator),
-        "img_ids": torch.stack([grid_ids(2, 5), grid_ids(5, 2), grid_ids(2, 5, time=1)]),
-        "txt": torch.randn(3, 7, 48, generator=generator),
-        "pooled": torch.randn(3, 32, generator=generator),
-        "t": torch.tensor([1.0, 0.5, 0.1]),
-        "guidance": torch.tensor([1.0, 2.5, 7.0]),
-    }
-    together = tiny.transformer(**inputs)
-    for index in range(3):
-        one = tiny.transformer(**{name: tensor[index : index + 1] for name, tensor in inputs.items()})
-        assert worst(together[index], one[0]) < BOUND
-    inputs["img"][1] = float("nan")
-    assert torch.equal(tiny.transformer(**inputs)[0], together[0])
 
 
 def test_saved_and_loaded_engines_batch_alike(tiny: KontextEngine, alone: list[Tensor], tmp_path: Path) -> None:

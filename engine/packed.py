@@ -1,0 +1,287 @@
+"""The flow transformer's forward pass as it is sampled: rows of any sizes one after another, nothing padded.
+
+`engine.transformer` is the model as the paper has it, for equal rows and with gradients. Here are the same weights and
+the same numbers (tests/engine/test_packed.py) without gradients, with all that need not be done again left out:
+
+* What a place brings to every step of its schedule is computed once, when it joins (`Condition`): text and context
+  through their first linears, rotations, and every block's modulation at every time.
+* Linears run on the tokens of all rows together, attention a row at a time.
+* The last block computes target tokens alone, since nothing else of it is read.
+
+n, m, T: target, context and text tokens of a row; L = T + n + m; C = hidden size; H = heads; D = head width;
+S = denoise steps of a schedule. Within a row text comes first, then the target, then the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from engine.attention import Kernel, attend, kernel_for
+from engine.layers import DoubleStreamBlock, QKNorm, RMSNorm, SingleStreamBlock, sinusoid
+from engine.linear import Linear
+from engine.rope import angles
+from engine.text import TextFeatures
+from engine.transformer import FlowTransformer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Condition:
+    """What one place brings to every forward pass of its schedule."""
+
+    text: Tensor
+    """(T, C)"""
+    context: Tensor
+    """(m, C)"""
+    rotation: Tensor
+    """(L, D/2) complex fp32: what each pair of a head's width is multiplied with."""
+    modulation: tuple[Tensor, ...]
+    """For each double block image and text (S, 6, C), for each single block (S, 3, C), at last (S, 2, C).
+
+    In the order shift, 1 + scale, gate.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return self.rotation.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One row's place in a forward pass."""
+
+    x: Tensor
+    """(n, channels) fp32: packed latents."""
+    condition: Condition
+    step: int
+    """Denoise steps taken: which of the schedule's times it is at."""
+
+
+@torch.no_grad()
+def condition(
+    model: FlowTransformer, *, text: TextFeatures, context: Tensor, ids: Tensor, times: Sequence[float], guidance: float
+) -> Condition:
+    """From a prompt's features, packed context latents (m, channels) fp32, positions of target and context
+    (n + m, 3), the S + 1 times of the schedule, of which the last is not evaluated, and the guidance scale.
+    """
+    weight = model.img_in.weight
+    device, dtype = weight.device, weight.dtype
+    t = torch.tensor(times[:-1], dtype=torch.float32, device=device)
+    vec = model.time_in(sinusoid(t).to(dtype)) + model.vector_in(text.pooled[None].to(device, dtype))
+    if model.guidance_in is not None:
+        scale = torch.tensor([guidance], dtype=torch.float32, device=device)
+        vec = vec + model.guidance_in(sinusoid(scale).to(dtype))
+    lit = F.silu(vec)
+    text_ids = ids.new_zeros(text.t5.shape[0], 3)
+    angle = angles(torch.cat([text_ids, ids]), model.config.axes_dims, model.config.theta)
+    return Condition(
+        text=model.txt_in(text.t5.to(device, dtype)),
+        context=model.img_in(context.to(dtype)),
+        rotation=torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device),
+        modulation=tuple(_modulation(linear, lit) for linear in _modulations(model)),
+    )
+
+
+def _doubles(model: FlowTransformer) -> list[DoubleStreamBlock]:
+    return [cast(DoubleStreamBlock, block) for block in model.double_blocks]
+
+
+def _singles(model: FlowTransformer) -> list[SingleStreamBlock]:
+    return [cast(SingleStreamBlock, block) for block in model.single_blocks]
+
+
+def _modulations(model: FlowTransformer) -> Iterable[Linear]:
+    """The linears that modulations come from, in the order in which the blocks want them."""
+    for double in _doubles(model):
+        yield from (double.img_mod.lin, double.txt_mod.lin)
+    for single in _singles(model):
+        yield single.modulation.lin
+    yield cast(Linear, model.final_layer.adaLN_modulation[1])
+
+
+def _modulation(linear: Linear, lit: Tensor) -> Tensor:
+    """(S, parts, C), with 1 added to each scale."""
+    out: Tensor = rearrange(linear(lit), "S (parts C) -> S parts C", C=linear.in_features)
+    out[:, 1::3] += 1
+    return out
+
+
+@torch.no_grad()
+def velocities(model: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
+    """Velocity (n, channels) fp32 of each place's target tokens, all in one forward pass."""
+    weight = model.img_in.weight
+    with kernel_for(weight.device, weight.dtype) as kernel:
+        return _Pass(model, places, kernel).run()
+
+
+def _slices(counts: Iterable[int]) -> list[slice]:
+    """Where each row lies in a stream of tokens."""
+    return [slice(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
+
+
+def _first(rows: Sequence[slice], counts: Sequence[int]) -> list[slice]:
+    """The first so many tokens of each row."""
+    return [slice(row.start, row.start + count) for row, count in zip(rows, counts, strict=True)]
+
+
+def _taken(x: Tensor, where: Sequence[slice]) -> Tensor:
+    """These tokens, one row after another."""
+    return x[where[0]] if len(where) == 1 else torch.cat([x[each] for each in where])
+
+
+def _modulated(x: Tensor, where: Sequence[slice], shifts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """Layer norm, times 1 + scale, plus shift: one kernel, since they are a layer norm's own weight and bias."""
+    normed = [
+        F.layer_norm(x[each], x.shape[-1:], scale, shift, 1e-6)
+        for each, shift, scale in zip(where, shifts, scales, strict=True)
+    ]
+    return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+
+def _add_gated(x: Tensor, where: Sequence[slice], gates: Sequence[Tensor], y: Tensor) -> None:
+    """x += gate y, in place."""
+    for each, gate in zip(where, gates, strict=True):
+        x[each].addcmul_(gate, y[each])
+    if x.dtype == torch.float16:  # keep fp16 activations finite (diffusers PR #9097)
+        x.clip_(-65504, 65504)
+
+
+def _heads(x: Tensor, heads: int, parts: int = 3) -> Tensor:
+    """(tokens, parts C) to (tokens, parts, H, D), the parts being queries, keys and values or some of them."""
+    return rearrange(x, "N (K H D) -> N K H D", K=parts, H=heads)
+
+
+def _halves(parts: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """The modulation of the attention, and that of the MLP."""
+    return parts[:3], parts[3:]
+
+
+def _mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    first, second = cast(Linear, layers[0]), cast(Linear, layers[2])
+    out: Tensor = second(first.rows(x, 0, first.out_features, gelu=True))
+    return out
+
+
+def _norm_rotate(qk: Tensor, norm: QKNorm | RMSNorm, rotation: Tensor | None) -> None:
+    """Root mean square norm and rotation of queries, keys or both, (tokens, K, H, D), in place, in fp32.
+
+    `rotation`: (tokens, 1, 1, D/2); None turns nothing, as text stands at position 0.
+    """
+    x = qk.float()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    x.mul_(length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_())
+    x.mul_(norm.weight()[:, None])
+    if rotation is not None:
+        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rotation)
+    if x is not qk:
+        qk.copy_(x)
+
+
+class _Pass:
+    """One forward pass over some places."""
+
+    def __init__(self, model: FlowTransformer, places: Sequence[Place], kernel: Kernel) -> None:
+        self.model, self.places, self.kernel = model, places, kernel
+        self.conditions = conditions = [place.condition for place in places]
+        texts = [each.text.shape[0] for each in conditions]
+        targets = [place.x.shape[0] for place in places]
+        # Where the tokens of each row lie: of one kind alone, of image tokens, of all tokens.
+        self.texts, self.targets = _slices(texts), _slices(targets)
+        self.images = _slices(n + each.context.shape[0] for n, each in zip(targets, conditions, strict=True))
+        self.joint = _slices(each.tokens for each in conditions)
+        self.targets_in_images = _first(self.images, targets)
+        self.texts_in_joint = _first(self.joint, texts)
+        self.images_in_joint = [slice(row.start + text, row.stop) for row, text in zip(self.joint, texts, strict=True)]
+        self.targets_in_joint = _first(self.images_in_joint, targets)
+        rotation = torch.cat([each.rotation for each in conditions])[:, None, None]  # (tokens, 1, 1, D/2)
+        self.rotation, self.image_rotation = rotation, _taken(rotation, self.images_in_joint)
+        self.target_rotation = _taken(rotation, self.targets_in_joint)
+        self._used = 0
+        """Modulations that blocks have taken."""
+
+    def run(self) -> list[Tensor]:
+        """Velocity (n, channels) fp32 of each place."""
+        model = self.model
+        latents = torch.cat([place.x for place in self.places])
+        x = model.img_in(latents.to(model.img_in.weight.dtype))
+        txt = torch.cat([each.text for each in self.conditions])
+        parts = zip(self.targets, self.conditions, strict=True)
+        img = torch.cat([part for where, each in parts for part in (x[where], each.context)])
+        doubles, singles = _doubles(model), _singles(model)
+        last = [*doubles, *singles][-1]
+        for double in doubles:
+            img, txt = self._double(double, img, txt, last=double is last)
+        if singles:
+            img = self._join(txt, img)
+            for single in singles:
+                img = self._single(single, img, last=single is last)
+        shifts, scales = self._modulation()
+        velocity = model.final_layer.linear(_modulated(img, self.targets, shifts, scales)).float()
+        return [velocity[where] for where in self.targets]
+
+    def _modulation(self) -> list[list[Tensor]]:
+        """What the next modulation holds, in order (shift, 1 + scale, gate, ...), each a (C,) for every place."""
+        rows = [place.condition.modulation[self._used][place.step].unbind() for place in self.places]
+        self._used += 1
+        return [list(part) for part in zip(*rows, strict=True)]
+
+    def _join(self, txt: Tensor, img: Tensor) -> Tensor:
+        """Each row's text and then its image tokens."""
+        parts = zip(self.texts, self.images, strict=True)
+        return torch.cat([part for text, image in parts for part in (txt[text], img[image])])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[slice]) -> list[Tensor]:
+        """Attention of each row's queries, (n, C), over all of that row; `queries`: where they lie in `q`."""
+        return [attend(q[mine], k[row], v[row], self.kernel) for mine, row in zip(queries, self.joint, strict=True)]
+
+    def _double(self, block: DoubleStreamBlock, img: Tensor, txt: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
+        """Image and text after the block; after the last block the target alone, and the text as it was."""
+        img_1, img_2 = _halves(self._modulation())
+        txt_1, txt_2 = _halves(self._modulation())
+        qkv_img = _heads(block.img_attn.qkv(_modulated(img, self.images, *img_1[:2])), block.img_attn.num_heads)
+        qkv_txt = _heads(block.txt_attn.qkv(_modulated(txt, self.texts, *txt_1[:2])), block.txt_attn.num_heads)
+        _norm_rotate(qkv_img[:, :2], block.img_attn.norm, self.image_rotation)
+        _norm_rotate(qkv_txt[:, :2], block.txt_attn.norm, None)
+        q, k, v = self._join(qkv_txt, qkv_img).unbind(1)
+        where = self.images
+        if last:
+            out_img = torch.cat(self._attend(q, k, v, self.targets_in_joint))
+            img, where = _taken(img, self.targets_in_images), self.targets
+        else:
+            out = torch.cat(self._attend(q, k, v, self.joint))
+            out_txt, out_img = _taken(out, self.texts_in_joint), _taken(out, self.images_in_joint)
+            _add_gated(txt, self.texts, txt_1[2], block.txt_attn.proj(out_txt))
+            _add_gated(txt, self.texts, txt_2[2], _mlp(block.txt_mlp, _modulated(txt, self.texts, *txt_2[:2])))
+        _add_gated(img, where, img_1[2], block.img_attn.proj(out_img))
+        _add_gated(img, where, img_2[2], _mlp(block.img_mlp, _modulated(img, where, *img_2[:2])))
+        return img, txt
+
+    def _single(self, block: SingleStreamBlock, x: Tensor, *, last: bool) -> Tensor:
+        """The tokens after the block; after the last block the target's alone."""
+        shift, scale, gate = self._modulation()
+        size, heads, linear1 = x.shape[-1], block.num_heads, block.linear1
+        normed = _modulated(x, self.joint, shift, scale)
+        if not last:
+            qkv = _heads(linear1.rows(normed, 0, 3 * size), heads)
+            _norm_rotate(qkv[:, :2], block.norm, self.rotation)
+            q, k, v = qkv.unbind(1)
+            queries = where = self.joint
+        else:
+            k, v = _heads(linear1.rows(normed, size, 3 * size), heads, 2).unbind(1)
+            normed, x = _taken(normed, self.targets_in_joint), _taken(x, self.targets_in_joint)
+            q = _heads(linear1.rows(normed, 0, size), heads, 1)[:, 0]
+            _norm_rotate(q[:, None], block.norm.query_norm, self.target_rotation)
+            _norm_rotate(k[:, None], block.norm.key_norm, self.rotation)
+            queries = where = self.targets
+        hidden = linear1.rows(normed, 3 * size, linear1.out_features, gelu=True)
+        out = torch.cat(self._attend(q, k, v, queries))
+        _add_gated(x, where, gate, block.linear2(torch.cat([out, hidden], dim=-1)))
+        return x
