@@ -1,0 +1,249 @@
+"""The engine beside diffusers on a CPU: the same random model of a middle size (71 M), the same requests, one run.
+
+Steps are timed alone and in fours, turn about; the mixed job (4 canvases of different aspect, 8 prompts, 10, 14 and 25
+steps) is one call of ours and, as diffusers' users must run it, one call of theirs for each request. Peak memory is
+that of a process of its own that runs a part of the job. Goals, as ratios of seconds: fp32 at least 1.10 for a step
+alone and 1.25 over the mixed job; bfloat16 at least 1.10 for a step alone, and twice as quick as our own fp32; memory
+not above theirs. bfloat16's are goals only on a CPU that multiplies it (AVX512-BF16 or AMX), and the table says so.
+
+    python -m benchmarks.engine_cpu [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import command
+from benchmarks.random_model import TEXT_LENGTH, random_folder
+from engine.pipeline import EditRequest, KontextEngine
+
+SIZES = ((256, 256), (320, 192), (192, 320), (288, 224))
+STEPS = (10, 14, 25)
+JOB, QUICK_JOB, MEMORY_JOB = 32, 8, 4
+ROUNDS, QUICK_ROUNDS = 10, 2
+SHARE = 5
+"""`--quick` takes this part of the mixed job's denoise steps."""
+GOALS = {
+    "fp32 step alone": 1.10,
+    "fp32 mixed job": 1.25,
+    "bf16 step alone": 1.10,
+    "bf16 beside our own fp32": 2.0,
+    "peak memory": 1.0,
+}
+Timings = dict[str, list[float]]
+
+
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC)
+
+
+def requests(count: int) -> list[EditRequest]:
+    """The mixed job, or its beginning: every canvas with every prompt."""
+    canvases = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    found = []
+    for number in range(count):
+        canvas = canvases[(number + number // 8) % 4]
+        found.append(
+            EditRequest(
+                f"make the product number {number % 8} and put it on a table",
+                image=canvas,
+                width=canvas.width,
+                height=canvas.height,
+                steps=STEPS[number % 3],
+                seed=number,
+            )
+        )
+    return found
+
+
+def load_peer(folder: Path, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline over the same weights."""
+    from diffusers import FluxKontextPipeline
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        pipeline = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_peer(pipeline: Any, request: EditRequest, *, rows: int = 1, on_step: Callable[[], None] | None = None) -> Any:
+    """One call of diffusers; the pictures that it made."""
+
+    def told(pipeline: Any, step: int, time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step()
+        return {}
+
+    assert request.width is not None
+    assert request.height is not None
+    return pipeline(
+        prompt=request.prompt,
+        image=request.image,
+        width=request.width,
+        height=request.height,
+        max_area=request.width * request.height,
+        _auto_resize=False,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        num_images_per_prompt=rows,
+        generator=[torch.Generator("cpu").manual_seed(request.seed + row) for row in range(rows)],
+        max_sequence_length=TEXT_LENGTH,
+        callback_on_step_end=told,
+    ).images
+
+
+def our_steps(engine: KontextEngine, rows: int, count: int) -> list[float]:
+    """Seconds of each of so many denoise steps, by row."""
+    (request,) = requests(1)
+    found = []
+    with engine.session() as session:
+        for row in range(rows):
+            session.admit(replace(request, seed=row, steps=count + 1), row)
+        for _ in range(count):
+            started = time.perf_counter()
+            session.step()
+            found.append((time.perf_counter() - started) / rows)
+    return found
+
+
+def peer_steps(pipeline: Any, rows: int, count: int) -> list[float]:
+    """The same of diffusers, between the ends of its steps."""
+    (request,) = requests(1)
+    ends: list[float] = []
+    run_peer(pipeline, replace(request, steps=count + 1), rows=rows, on_step=lambda: ends.append(time.perf_counter()))
+    return [(after - before) / rows for before, after in pairwise(ends)]
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure_steps(folder: Path, rounds: int) -> Timings:
+    """Both at both precisions, alone and in fours, turn about."""
+    arms: dict[str, Callable[[], list[float]]] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        engine = KontextEngine.load(folder, device="cpu", dtype=dtype, text_length=TEXT_LENGTH)
+        pipeline = load_peer(folder, dtype)
+        for rows, label in ((1, "alone"), (4, "in fours")):
+            arms[f"ours {name} {label}"] = partial(our_steps, engine, rows, 2)
+            arms[f"diffusers {name} {label}"] = partial(peer_steps, pipeline, rows, 2)
+    found: Timings = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            found[name] += arm()
+    return found
+
+
+def measure_job(folder: Path, job: Sequence[EditRequest]) -> tuple[float, float]:
+    """Seconds of the mixed job, ours and theirs; halves turn about."""
+    engine = KontextEngine.load(folder, device="cpu", dtype=torch.float32, text_length=TEXT_LENGTH)
+    pipeline = load_peer(folder, torch.float32)
+
+    def theirs(part: Sequence[EditRequest]) -> None:
+        for request in part:
+            run_peer(pipeline, request)
+
+    first, second = job[: len(job) // 2], job[len(job) // 2 :]
+    ours = timed(lambda: engine.edit(first))
+    peer = timed(lambda: theirs(first)) + timed(lambda: theirs(second))
+    return ours + timed(lambda: engine.edit(second)), peer
+
+
+def peak_memory(folder: Path, whose: str, dtype: torch.dtype) -> int:
+    """Bytes of this process at most, which has loaded the model and made some of the job."""
+    job = [replace(request, steps=2) for request in requests(MEMORY_JOB)]
+    if whose == "ours":
+        KontextEngine.load(folder, device="cpu", dtype=dtype, text_length=TEXT_LENGTH).edit(job)
+    else:
+        pipeline = load_peer(folder, dtype)
+        for request in job:
+            run_peer(pipeline, request)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_memory(folder: Path) -> dict[str, int]:
+    found = {}
+    for whose in ("ours", "diffusers"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found[whose] = pool.submit(peak_memory, folder, whose, torch.float32).result()
+    return found
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def main() -> int:
+    options = command.parser(__doc__, quick="two rounds, eight requests with a fifth of the steps").parse_args()
+    console = Console(width=110)
+    with random_folder() as folder:
+        memory = measure_memory(folder)
+        steps = measure_steps(folder, QUICK_ROUNDS if options.quick else ROUNDS)
+        if options.quick:
+            asked = [replace(each, steps=each.steps // SHARE) for each in requests(QUICK_JOB)]
+        else:
+            asked = requests(JOB)
+        job = measure_job(folder, asked)
+    seconds = {name: statistics.median(found) for name, found in steps.items()}
+    table = Table(title=f"seconds, medians; {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for column in ("what", "ours", "diffusers", "ratio"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    ratios: dict[str, float] = {}
+    for name in ("fp32", "bf16"):
+        for label in ("alone", "in fours"):
+            ours, theirs = seconds[f"ours {name} {label}"], seconds[f"diffusers {name} {label}"]
+            ratios[f"{name} step {label}"] = theirs / ours
+            table.add_row(f"{name} step {label}, by image", f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}")
+    ratios["fp32 mixed job"] = job[1] / job[0]
+    table.add_row("fp32 mixed job", f"{job[0]:.1f}", f"{job[1]:.1f}", f"{job[1] / job[0]:.2f}")
+    ratios["bf16 beside our own fp32"] = seconds["ours fp32 alone"] / seconds["ours bf16 alone"]
+    table.add_row(
+        "fp32 and bf16, ours, a step alone",
+        f"{seconds['ours bf16 alone']:.3f}",
+        f"{seconds['ours fp32 alone']:.3f}",
+        f"{ratios['bf16 beside our own fp32']:.2f}",
+    )
+    ratios["peak memory"] = memory["diffusers"] / memory["ours"]
+    megabytes = [f"{memory[whose] / 2**20:.0f} MiB" for whose in ("ours", "diffusers")]
+    table.add_row("peak memory, fp32", *megabytes, f"{ratios['peak memory']:.2f}")
+    console.print(table)
+    goals = dict(GOALS)
+    if not multiplies_bfloat16():
+        print("this CPU does not multiply bfloat16: its goals do not count")
+        goals = {name: goal for name, goal in goals.items() if not name.startswith("bf16")}
+    missed = [
+        f"{name}: {ratios[name]:.2f} instead of {goal:.2f}" for name, goal in goals.items() if ratios[name] < goal
+    ]
+    print("goals missed: " + "; ".join(missed) if missed else "all goals met")
+    if options.json:
+        numbers = {"seconds": seconds, "job": job, "memory": memory, "ratios": ratios, "goals": goals}
+        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
