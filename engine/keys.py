@@ -14,6 +14,8 @@ from torch import Tensor
 
 from engine.config import AutoencoderConfig, FlowConfig
 
+REPACKAGED_PREFIX = "model.diffusion_model."
+"""In front of all names of the transformer in some files."""
 GLOBAL = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),

@@ -85,7 +85,7 @@ class KontextEngine:
         text_length: int | None = None,
         config: ModelConfig | Mapping[str, Any] | None = None,
     ) -> Self:
-        """Load a diffusers folder, or a folder with BFL files, strictly.
+        """Load a diffusers folder, or a folder with BFL files, strictly; quantised weights (fp8, GGUF) become `dtype`.
 
         `device`: `auto` takes cuda, mps or cpu, in that order. `dtype` of transformer and text encoders: bfloat16 on
         cuda, else float32; the autoencoder is float32. `text_length`: T5 tokens of every prompt; left out, the

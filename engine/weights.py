@@ -1,8 +1,8 @@
 """Weights on disk: find the layout, check every name and shape, load strictly; write the diffusers layout.
 
 Two layouts are read (ENGINE.md 3): a diffusers folder (`model_index.json`, one folder for each component) and a folder
-with BFL files (`flux1-*.safetensors`, `ae.safetensors`, text encoders and tokenizers in folders). Only safetensors is
-read: a pickle can run code.
+with BFL files (`flux1-*.safetensors` or `flux1-*.gguf`, `ae.safetensors`, text encoders and tokenizers in folders).
+Pickles are not read: they can run code. What is quantised is dequantised on the way in, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -22,12 +22,13 @@ from torch import Tensor
 from engine.autoencoder import Autoencoder
 from engine.config import KONTEXT_DEV, VARIANTS, AutoencoderConfig, FlowConfig, ModelConfig
 from engine.errors import ConfigError, WeightsError
-from engine.keys import Translation, autoencoder_to_diffusers, flow_to_diffusers, untranslated
+from engine.gguf_file import GgufFile
+from engine.keys import REPACKAGED_PREFIX, Translation, autoencoder_to_diffusers, flow_to_diffusers, untranslated
+from engine.quantised import Stored, find_scales, is_weight, read_weight
 from engine.transformer import FlowTransformer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
-REPACKAGED_PREFIX = "model.diffusion_model."
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,12 @@ def find_model(path: Path, config: ModelConfig | None = None) -> ModelFiles:
         return ModelFiles(
             layout="diffusers", transformer=path / "transformer", autoencoder=path / "vae", config=found, **texts
         )
-    flux = sorted(path.glob("flux1-*.safetensors"))
+    flux = sorted([*path.glob("flux1-*.safetensors"), *path.glob(f"flux1-*{GGUF}")])
     if len(flux) != 1 or not (path / "ae.safetensors").is_file():
         _refuse_pickles(path)
         raise WeightsError(
             f"{path}: neither a diffusers folder (transformer/config.json) nor BFL files "
-            f"(one flux1-*.safetensors, here {len(flux)}, and ae.safetensors)"
+            f"(one flux1-*.safetensors or flux1-*{GGUF}, here {len(flux)}, and ae.safetensors)"
         )
     if config is None:
         beside = path / "config.json"
@@ -144,20 +145,35 @@ def safetensors_files(where: Path) -> list[Path]:
     files = sorted(where.glob("*.safetensors"))
     if not files:
         _refuse_pickles(where)
+        if any(where.glob(f"*{GGUF}")):
+            raise WeightsError(
+                f"{where}: no safetensors file; GGUF is read of the transformer alone, as flux1-*{GGUF} in a folder "
+                "with BFL files"
+            )
         raise WeightsError(f"{where}: no safetensors file")
     if len(files) > 1:
         raise WeightsError(f"{where}: {len(files)} safetensors files and no index says which belong together")
     return files
 
 
+class Tensors(Protocol):
+    """The tensors of one component by name, and what they come from."""
+
+    where: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def get(self, name: str) -> Tensor: ...
+
+
 class TensorFiles:
-    """The tensors of one component, by name, read one at a time into fresh memory."""
+    """The tensors of a component's safetensors files, read one at a time into fresh memory.
+
+    Raises `WeightsError` for files that are damaged, and for formats that `engine.quantised` does not know.
+    """
 
     def __init__(self, where: Path) -> None:
         self.where = where
-        self._home: dict[str, Any] = {}
-        self._names: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, Stored] = {}
         for file in safetensors_files(where):
             try:
                 handle: Any = safe_open(file, framework="pt")
@@ -165,20 +181,15 @@ class TensorFiles:
                 raise WeightsError(f"{file}: not a safetensors file, or damaged or pickled ({error})") from error
             for name in handle.keys():  # noqa: SIM118 - no mapping
                 part = handle.get_slice(name)
-                if part.get_dtype() not in FLOAT_DTYPES:
-                    raise WeightsError(
-                        f"{file}: {name} is {part.get_dtype()}; quantised weights are not read, only "
-                        f"{', '.join(sorted(FLOAT_DTYPES))}"
-                    )
                 short = name.removeprefix(REPACKAGED_PREFIX)
-                if short in self.shapes:
+                if short in self._stored:
                     raise WeightsError(f"{file}: {short} is there twice")
-                self._home[short], self._names[short] = handle, name
-                self.shapes[short] = tuple(part.get_shape())
+                self._stored[short] = Stored(file, name, part.get_dtype(), tuple(part.get_shape()), handle)
+        self._scales = find_scales(self._stored)
+        self.shapes = {name: tensor.shape for name, tensor in self._stored.items() if is_weight(name)}
 
     def get(self, name: str) -> Tensor:
-        tensor: Tensor = self._home[name].get_tensor(self._names[name])
-        return tensor
+        return read_weight(self._stored[name], self._scales.get(name))
 
 
 Module = TypeVar("Module", FlowTransformer, Autoencoder)
@@ -187,7 +198,7 @@ Module = TypeVar("Module", FlowTransformer, Autoencoder)
 def load_strictly(
     module: Module,
     table: Mapping[str, Translation],
-    files: TensorFiles,
+    files: Tensors,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -225,7 +236,9 @@ def check_names(where: str, expected: Mapping[str, tuple[int, ...]], found: Mapp
 
 def load_transformer(files: ModelFiles, *, device: torch.device, dtype: torch.dtype) -> FlowTransformer:
     """The flow transformer of a model, in either layout."""
-    tensors = TensorFiles(files.transformer)
+    tensors: Tensors = (
+        GgufFile(files.transformer) if files.transformer.suffix == GGUF else TensorFiles(files.transformer)
+    )
     width = tensors.shapes.get("img_in.weight", tensors.shapes.get("x_embedder.weight", (0, 0)))[-1]
     if width in VARIANTS and width != files.config.flow.in_channels:
         raise WeightsError(f"{files.transformer}: these are weights of {VARIANTS[width]}, not of Kontext or dev")
@@ -328,7 +341,7 @@ def fingerprint(path: Path, *, on_bytes: Callable[[int], None] | None = None) ->
         files = sorted(
             file
             for file in path.rglob("*")
-            if file.is_file() and file.suffix in {".safetensors", ".json", ".txt", ".model"}
+            if file.is_file() and file.suffix in {".safetensors", GGUF, ".json", ".txt", ".model"}
         )
     total = hashlib.sha256()
     for file in files:

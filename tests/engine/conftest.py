@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import engine as engine_package
@@ -67,4 +67,30 @@ def model_folder(tmp_path: Path) -> Path:
     """A copy of the reference case's diffusers folder, to be damaged."""
     folder = tmp_path / "model"
     shutil.copytree(CASE / "model", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder whose linears have rows of 256 values: whole blocks of every quantised format."""
+    from tests.engine.tiny import Sizes, write_model
+
+    sizes = Sizes(heads=2, head_dim=128, axes=(16, 56, 56), double=1, single=1)
+    return write_model(tmp_path_factory.mktemp("wide") / "model", sizes)
+
+
+@pytest.fixture(scope="session")
+def wide(wide_model: Path) -> KontextEngine:
+    return KontextEngine.load(wide_model, device="cpu", text_length=32)
+
+
+@pytest.fixture
+def wide_bfl(wide_model: Path, wide: KontextEngine, tmp_path: Path) -> Path:
+    """The same as a folder with BFL files, but for the transformer."""
+    folder = tmp_path / "bfl"
+    shutil.copytree(
+        wide_model, folder, ignore=shutil.ignore_patterns("transformer", "vae", "scheduler", "model_index.json")
+    )
+    save_file(wide.autoencoder.state_dict(), folder / "ae.safetensors")
+    (folder / "config.json").write_text(json.dumps(wide.config.to_dict()))
     return folder

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,28 @@ def worst(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape
     difference = (found.float() - wanted.float()).abs().max().item()
     return difference if difference == difference else float("inf")
+
+
+def bfl_weights(engine: KontextEngine) -> dict[str, Tensor]:
+    """Of the transformer, in BFL names."""
+    return dict(engine.transformer.state_dict())
+
+
+def check_values(folder: Path, wanted: Mapping[str, Tensor], base: Path) -> None:
+    """Loaded from `folder`, every parameter is the value wanted, in memory of its own, and edits follow from them.
+
+    `base` is the model that `folder` was made of: the other components are the same.
+    """
+    loaded, by_hand = load_engine(folder), load_engine(base)
+    found = loaded.transformer.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == torch.float32, name
+        assert torch.equal(found[name], tensor), name
+        assert found[name].untyped_storage().nbytes() == found[name].nbytes, name
+    by_hand.transformer.load_state_dict(wanted)
+    request = EditRequest("make the mug red", image=picture(32, 32), width=32, height=32, steps=2, seed=3)
+    assert worst(loaded.edit([request])[0].latents, by_hand.edit([request])[0].latents) < 2e-5
 
 
 @contextlib.contextmanager
