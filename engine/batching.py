@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from torch import Tensor
 
 from engine.packed import Condition, Place
+from engine.reuse import ContextMemory, Velocities
 from engine.sampling import euler_step, guide
 
 DEFAULT_MAX_ROWS = 8
@@ -42,12 +44,22 @@ class Row:
     cfg_scale: float = 1.0
     done: int = 0
     """Denoise steps taken."""
+    velocities: Velocities | None = None
+    """Where steps may be left out: the row's velocities; None computes each."""
+    memories: tuple[ContextMemory | None, ContextMemory | None] = (None, None)
+    """Where the context is not computed at each step: its memory with the prompt, and with the negative one."""
 
     @property
     def places(self) -> list[Place]:
-        """What it asks of a forward pass: a row with a negative prompt takes two places."""
-        conditions = [self.condition] if self.negative is None else [self.condition, self.negative]
-        return [Place(self.x, condition, self.done) for condition in conditions]
+        """What it asks of the next forward pass: a row with a negative prompt takes two places, one that leaves the
+        step out none.
+        """
+        if self.velocities is not None and not self.velocities.due(self.done):
+            return []
+        found = [Place(self.x, self.condition, self.done, self.memories[0])]
+        if self.negative is not None:
+            found.append(Place(self.x, self.negative, self.done, self.memories[1]))
+        return found
 
     @property
     def finished(self) -> bool:
@@ -79,10 +91,11 @@ class Batch:
 
     def step(self) -> None:
         """Move every live row one denoise step on."""
-        places = [place for row in self.rows for place in row.places]
-        velocities = iter([velocity for each in schedule(places, self.max_tokens) for velocity in self.forward(each)])
-        for row in self.rows:
-            advance(row, next(velocities), None if row.negative is None else next(velocities))
+        wanted = [row.places for row in self.rows]
+        passes = schedule(chain.from_iterable(wanted), self.max_tokens)
+        found = iter([velocity for places in passes for velocity in self.forward(places)])
+        for row, places in zip(self.rows, wanted, strict=True):
+            advance(row, list(islice(found, len(places))))
 
     def retire(self) -> list[Row]:
         """Let the finished rows leave, in the order in which they joined."""
@@ -96,7 +109,7 @@ def schedule(places: Iterable[Place], most: int) -> list[list[Place]]:
     passes: list[list[Place]] = []
     free = 0
     for place in places:
-        tokens = place.condition.tokens
+        tokens = place.tokens
         if not passes or tokens > free:
             passes.append([])
             free = most
@@ -105,9 +118,15 @@ def schedule(places: Iterable[Place], most: int) -> list[list[Place]]:
     return passes
 
 
-def advance(row: Row, velocity: Tensor, negative: Tensor | None) -> None:
-    """One Euler step of one row, after classifier-free guidance where the row has a negative prompt."""
-    if negative is not None:
-        velocity = guide(velocity, negative, row.cfg_scale)
-    row.x = euler_step(row.x, velocity, row.times[row.done], row.times[row.done + 1])
+def advance(row: Row, found: Sequence[Tensor]) -> None:
+    """One Euler step of one row by the velocities of its places, if it had any: two of them guide (CFG)."""
+    t = row.times[row.done]
+    if found:
+        velocity = found[0] if len(found) == 1 else guide(found[0], found[1], row.cfg_scale)
+        if row.velocities is not None:
+            row.velocities.computed(row.done, t, velocity)
+    else:
+        assert row.velocities is not None, "only extrapolated steps have no place"
+        velocity = row.velocities.extrapolated(t)
+    row.x = euler_step(row.x, velocity, t, row.times[row.done + 1])
     row.done += 1

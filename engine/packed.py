@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from engine.attention import Kernel, attend, kernel_for
 from engine.layers import DoubleStreamBlock, QKNorm, RMSNorm, SingleStreamBlock, sinusoid
 from engine.linear import Linear
+from engine.reuse import ContextMemory
 from engine.rope import angles
 from engine.text import TextFeatures
 from engine.transformer import FlowTransformer
@@ -48,11 +49,6 @@ class Condition:
     In the order shift, 1 + scale, gate.
     """
 
-    @property
-    def tokens(self) -> int:
-        """L."""
-        return self.rotation.shape[0]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
@@ -63,6 +59,23 @@ class Place:
     condition: Condition
     step: int
     """Denoise steps taken: which of the schedule's times it is at."""
+    memory: ContextMemory | None = None
+    """Where keys and values of the context are kept from pass to pass; None computes them in each."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the context is taken from memory and brings no tokens of its own."""
+        return self.memory is not None and self.memory.fresh
+
+    @property
+    def context(self) -> Tensor:
+        """The context's tokens that take part in the pass, (m, C) or none."""
+        return self.condition.context[:0] if self.remembers else self.condition.context
+
+    @property
+    def tokens(self) -> int:
+        """Of the pass."""
+        return self.condition.text.shape[0] + self.x.shape[0] + self.context.shape[0]
 
 
 @torch.no_grad()
@@ -118,8 +131,15 @@ def _modulation(linear: Linear, lit: Tensor) -> Tensor:
 def velocities(model: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
     """Velocity (n, channels) fp32 of each place's target tokens, all in one forward pass."""
     weight = model.img_in.weight
+    for place in places:
+        if place.memory is not None and not place.remembers:
+            place.memory.forget()
     with kernel_for(weight.device, weight.dtype) as kernel:
-        return _Pass(model, places, kernel).run()
+        found = _Pass(model, places, kernel).run()
+    for place in places:
+        if place.memory is not None:
+            place.memory.passed()
+    return found
 
 
 def _slices(counts: Iterable[int]) -> list[slice]:
@@ -195,17 +215,18 @@ class _Pass:
         targets = [place.x.shape[0] for place in places]
         # Where the tokens of each row lie: of one kind alone, of image tokens, of all tokens.
         self.texts, self.targets = _slices(texts), _slices(targets)
-        self.images = _slices(n + each.context.shape[0] for n, each in zip(targets, conditions, strict=True))
-        self.joint = _slices(each.tokens for each in conditions)
+        self.images = _slices(n + place.context.shape[0] for n, place in zip(targets, places, strict=True))
+        self.joint = _slices(place.tokens for place in places)
         self.targets_in_images = _first(self.images, targets)
         self.texts_in_joint = _first(self.joint, texts)
         self.images_in_joint = [slice(row.start + text, row.stop) for row, text in zip(self.joint, texts, strict=True)]
         self.targets_in_joint = _first(self.images_in_joint, targets)
-        rotation = torch.cat([each.rotation for each in conditions])[:, None, None]  # (tokens, 1, 1, D/2)
+        rotations = [place.condition.rotation[: place.tokens] for place in places]
+        rotation = torch.cat(rotations)[:, None, None]  # (tokens, 1, 1, D/2)
         self.rotation, self.image_rotation = rotation, _taken(rotation, self.images_in_joint)
         self.target_rotation = _taken(rotation, self.targets_in_joint)
-        self._used = 0
-        """Modulations that blocks have taken."""
+        self._used = self._blocks = 0
+        """Modulations and attentions that blocks have taken."""
 
     def run(self) -> list[Tensor]:
         """Velocity (n, channels) fp32 of each place."""
@@ -213,8 +234,8 @@ class _Pass:
         latents = torch.cat([place.x for place in self.places])
         x = model.img_in(latents.to(model.img_in.weight.dtype))
         txt = torch.cat([each.text for each in self.conditions])
-        parts = zip(self.targets, self.conditions, strict=True)
-        img = torch.cat([part for where, each in parts for part in (x[where], each.context)])
+        parts = zip(self.targets, self.places, strict=True)
+        img = torch.cat([part for where, place in parts for part in (x[where], place.context)])
         doubles, singles = _doubles(model), _singles(model)
         last = [*doubles, *singles][-1]
         for double in doubles:
@@ -240,7 +261,20 @@ class _Pass:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[slice]) -> list[Tensor]:
         """Attention of each row's queries, (n, C), over all of that row; `queries`: where they lie in `q`."""
-        return [attend(q[mine], k[row], v[row], self.kernel) for mine, row in zip(queries, self.joint, strict=True)]
+        block, self._blocks = self._blocks, self._blocks + 1
+        found = []
+        for place, mine, row, image in zip(self.places, queries, self.joint, self.images_in_joint, strict=True):
+            keys, values = k[row], v[row]
+            if place.memory is not None:
+                if place.remembers:
+                    keys = torch.cat([keys, place.memory.keys[block]])
+                    values = torch.cat([values, place.memory.values[block]])
+                else:
+                    context = slice(image.start + place.x.shape[0], image.stop)
+                    place.memory.keys.append(k[context].clone())
+                    place.memory.values.append(v[context].clone())
+            found.append(attend(q[mine], keys, values, self.kernel))
+        return found
 
     def _double(self, block: DoubleStreamBlock, img: Tensor, txt: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
         """Image and text after the block; after the last block the target alone, and the text as it was."""

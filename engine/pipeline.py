@@ -28,12 +28,13 @@ from engine.kept import Kept
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
 from engine.requests import EditRequest, EditResult, check
+from engine.reuse import Approximation
 from engine.session import Session
 from engine.text import TextEncoder, TextFeatures
 from engine.transformer import FlowTransformer
 from engine.weights import find_model, load_autoencoder, load_transformer, save_model
 
-__all__ = ["EditRequest", "EditResult", "KontextEngine", "choose_device"]
+__all__ = ["Approximation", "EditRequest", "EditResult", "KontextEngine", "choose_device"]
 
 PROMPT_BYTES = 256 * 2**20
 """Of prompt features that are kept: some 60 prompts of Kontext-dev."""
@@ -68,6 +69,8 @@ class KontextEngine:
         """Most tokens of one forward pass: bounds the memory of a step."""
         self.batch_invariant = False
         """Whether a result is to be the same, bit for bit, whatever else is in the batch."""
+        self.approximation = Approximation()
+        """What may be left out of sampling; the default is exact."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
         self.open_sessions = 0
         """Weights must not change under a session's rows."""

@@ -23,6 +23,7 @@ from engine.errors import NonFiniteError
 from engine.latents import Latents, context_ids, draw_noise, grid_ids
 from engine.packed import Condition, condition, velocities
 from engine.requests import EditRequest, EditResult, check, size_of
+from engine.reuse import ContextMemory, Velocities
 from engine.sampling import schedule
 
 if TYPE_CHECKING:
@@ -105,12 +106,17 @@ class Session(Generic[Tag]):
             )
 
         negative = request.negative_prompt if request.guided else None
+        near = engine.approximation
         row = Row(
             x=noise.to(engine.device, torch.float32),
             condition=conditioned(request.prompt),
             times=times,
             negative=None if negative is None else conditioned(negative),
             cfg_scale=request.true_cfg_scale,
+            velocities=Velocities(near.step_tolerance, request.steps - 1) if near.step_tolerance else None,
+            memories=(ContextMemory(near.context_every), ContextMemory(near.context_every))
+            if near.context_every > 1
+            else (None, None),
         )
         now = time.perf_counter()
         self._alive[row] = _Job(tag, request, row, width, height, now - started, now, self.steps_taken)

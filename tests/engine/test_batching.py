@@ -91,7 +91,9 @@ def run(batch: Batch, waiting: Sequence[Row]) -> list[Row]:
 # Who shares a pass
 
 places = st.lists(st.integers(1, 40), max_size=12).map(
-    lambda counts: [Place(torch.zeros(1, CHANNELS), condition(text=0, image=count), 0) for count in counts]
+    lambda counts: [
+        Place(torch.zeros(1, CHANNELS), condition(text=0, image=1, context=count - 1), 0) for count in counts
+    ]
 )
 
 
@@ -102,7 +104,7 @@ def test_every_place_is_in_one_pass_within_the_budget(places: list[Place], most:
     assert [place for each in passes for place in each] == places
     for each in passes:
         assert each
-        assert len(each) == 1 or sum(place.condition.tokens for place in each) <= most
+        assert len(each) == 1 or sum(place.tokens for place in each) <= most
 
 
 @given(places=places, most=st.integers(0, 100))
@@ -110,7 +112,7 @@ def test_every_place_is_in_one_pass_within_the_budget(places: list[Place], most:
 def test_a_pass_is_closed_only_when_the_next_place_would_not_fit(places: list[Place], most: int) -> None:
     passes = schedule(places, most)
     for each, following in pairwise(passes):
-        assert sum(place.condition.tokens for place in (*each, following[0])) > most
+        assert sum(place.tokens for place in (*each, following[0])) > most
 
 
 def test_rows_of_any_shape_share_a_pass() -> None:
@@ -177,7 +179,7 @@ def test_classifier_free_guidance_by_hand() -> None:
 
 def test_advance_is_one_euler_step() -> None:
     one = row(fill=2.0)
-    advance(one, torch.full((6, CHANNELS), 3.0), torch.full((6, CHANNELS), 1.0))
+    advance(one, [torch.full((6, CHANNELS), 3.0), torch.full((6, CHANNELS), 1.0)])
     velocity = guide(torch.full((6, CHANNELS), 3.0), torch.full((6, CHANNELS), 1.0), 3.0)
     assert torch.equal(one.x, euler_step(torch.full((6, CHANNELS), 2.0), velocity, one.times[0], one.times[1]))
     assert one.done == 1
