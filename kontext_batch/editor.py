@@ -92,6 +92,42 @@ def train_model(config: Path, *, say: Callable[[str], None]) -> None:
         raise SettingsError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """Approximate sampling by one setting beside exact, over some images; PSNR in dB, equal images count as 99."""
+
+    step_tolerance: float
+    context_every: int
+    median: float
+    worst: float
+    quicker: float
+    """Seconds of exact sampling over its own."""
+
+
+def gate_model(
+    path: Path, asked: tuple[float, int] | None, *, device: str, dtype: DType, steps: int, images: int
+) -> list[GateVerdict]:
+    """Try the (step tolerance, context every) that is asked for, or several. Raises `SettingsError`."""
+    import torch
+
+    from engine.errors import EngineError
+    from engine.gate import SETTINGS, drawn_requests, gate
+    from engine.pipeline import Approximation, KontextEngine
+
+    try:
+        engine = KontextEngine.load(path, device=device, dtype=getattr(torch, numeric_mode(device, dtype)))
+        tried = SETTINGS if asked is None else [Approximation(*asked)]
+        found = gate(engine, drawn_requests(engine, images, steps), tried)
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+    return [
+        GateVerdict(
+            each.approximation.step_tolerance, each.approximation.context_every, each.median, each.worst, each.quicker
+        )
+        for each in found
+    ]
+
+
 def hash_adapter(path: Path) -> str:
     """sha256 that stands for an adapter file. Raises `SettingsError` when it is none."""
     from engine.errors import EngineError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,6 +130,49 @@ def train(
     from kontext_batch import editor
 
     editor.train_model(config, say=output.tell)
+
+
+@app.command()
+def gate(
+    model: Annotated[str, typer.Argument(metavar="NAME|PATH", show_default=False)],
+    step_tolerance: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help="Try this setting; left out, several are.")
+    ] = None,
+    context_every: Annotated[int | None, typer.Option(min=1, help="Try this one, with the other or alone.")] = None,
+    least: Annotated[float, typer.Option(metavar="DB", help="PSNR to the exact image that every image needs.")] = 30.0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoise steps.")] = 28,
+    images: Annotated[int, typer.Option(min=1, help="Edits of drawn products to make.")] = 9,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Hold approximate sampling against exact, image by image, on any weights. Exit code 1 when a setting fails.
+
+    Example: kontext-batch models gate kontext-dev --step-tolerance 0.05 --context-every 2
+    """
+    from kontext_batch import editor
+
+    settings, registry = _registry()
+    path = registry.models[model].path if model in registry.models else Path(model)
+    asked = None if step_tolerance is None and context_every is None else (step_tolerance or 0.0, context_every or 1)
+    found = editor.gate_model(path, asked, device=settings.device, dtype=settings.dtype, steps=steps, images=images)
+    passed = [each.worst >= least for each in found]
+    if as_json:
+        output.say_json([{**asdict(each), "passed": good} for each, good in zip(found, passed, strict=True)])
+    else:
+        rows: list[list[object]] = [
+            [
+                f"{each.step_tolerance:g}",
+                each.context_every,
+                f"{each.median:.1f}",
+                f"{each.worst:.1f}",
+                f"{each.quicker:.2f}x",
+                "passed" if good else f"below {least:g} dB",
+            ]
+            for each, good in zip(found, passed, strict=True)
+        ]
+        heads = ["step_tolerance", "context_every", "median dB", "worst dB", "quicker", ""]
+        output.table(heads, rows, right=(0, 1, 2, 3, 4))
+    if not all(passed):
+        raise typer.Exit(1)
 
 
 @app.command()
