@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import partial
 from typing import cast
 
 import torch
@@ -25,7 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from engine.attention import Kernel, attend, kernel_for
-from engine.layers import DoubleStreamBlock, QKNorm, RMSNorm, SingleStreamBlock, sinusoid
+from engine.kernels import Rows, kernels_for
+from engine.layers import DoubleStreamBlock, SingleStreamBlock, sinusoid
 from engine.linear import Linear
 from engine.reuse import ContextMemory
 from engine.rope import angles
@@ -142,11 +143,6 @@ def velocities(model: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
     return found
 
 
-def _slices(counts: Iterable[int]) -> list[slice]:
-    """Where each row lies in a stream of tokens."""
-    return [slice(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
-
-
 def _first(rows: Sequence[slice], counts: Sequence[int]) -> list[slice]:
     """The first so many tokens of each row."""
     return [slice(row.start, row.start + count) for row, count in zip(rows, counts, strict=True)]
@@ -157,52 +153,9 @@ def _taken(x: Tensor, where: Sequence[slice]) -> Tensor:
     return x[where[0]] if len(where) == 1 else torch.cat([x[each] for each in where])
 
 
-def _modulated(x: Tensor, where: Sequence[slice], shifts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    """Layer norm, times 1 + scale, plus shift: one kernel, since they are a layer norm's own weight and bias."""
-    normed = [
-        F.layer_norm(x[each], x.shape[-1:], scale, shift, 1e-6)
-        for each, shift, scale in zip(where, shifts, scales, strict=True)
-    ]
-    return normed[0] if len(normed) == 1 else torch.cat(normed)
-
-
-def _add_gated(x: Tensor, where: Sequence[slice], gates: Sequence[Tensor], y: Tensor) -> None:
-    """x += gate y, in place."""
-    for each, gate in zip(where, gates, strict=True):
-        x[each].addcmul_(gate, y[each])
-    if x.dtype == torch.float16:  # keep fp16 activations finite (diffusers PR #9097)
-        x.clip_(-65504, 65504)
-
-
 def _heads(x: Tensor, heads: int, parts: int = 3) -> Tensor:
     """(tokens, parts C) to (tokens, parts, H, D), the parts being queries, keys and values or some of them."""
     return rearrange(x, "N (K H D) -> N K H D", K=parts, H=heads)
-
-
-def _halves(parts: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The modulation of the attention, and that of the MLP."""
-    return parts[:3], parts[3:]
-
-
-def _mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
-    first, second = cast(Linear, layers[0]), cast(Linear, layers[2])
-    out: Tensor = second(first.rows(x, 0, first.out_features, gelu=True))
-    return out
-
-
-def _norm_rotate(qk: Tensor, norm: QKNorm | RMSNorm, rotation: Tensor | None) -> None:
-    """Root mean square norm and rotation of queries, keys or both, (tokens, K, H, D), in place, in fp32.
-
-    `rotation`: (tokens, 1, 1, D/2); None turns nothing, as text stands at position 0.
-    """
-    x = qk.float()
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    x.mul_(length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_())
-    x.mul_(norm.weight()[:, None])
-    if rotation is not None:
-        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rotation)
-    if x is not qk:
-        qk.copy_(x)
 
 
 class _Pass:
@@ -213,18 +166,21 @@ class _Pass:
         self.conditions = conditions = [place.condition for place in places]
         texts = [each.text.shape[0] for each in conditions]
         targets = [place.x.shape[0] for place in places]
-        # Where the tokens of each row lie: of one kind alone, of image tokens, of all tokens.
-        self.texts, self.targets = _slices(texts), _slices(targets)
-        self.images = _slices(n + place.context.shape[0] for n, place in zip(targets, places, strict=True))
-        self.joint = _slices(place.tokens for place in places)
-        self.targets_in_images = _first(self.images, targets)
-        self.texts_in_joint = _first(self.joint, texts)
-        self.images_in_joint = [slice(row.start + text, row.stop) for row, text in zip(self.joint, texts, strict=True)]
+        device = model.img_in.weight.device
+        self.kernels = kernels_for(device)
+        counted = partial(Rows.counted, device=device)
+        self.texts, self.targets = counted(texts), counted(targets)
+        self.images = counted(n + place.context.shape[0] for n, place in zip(targets, places, strict=True))
+        self.joint = counted(place.tokens for place in places)
+        # Where tokens of one kind lie among others.
+        joint = self.joint.slices
+        self.texts_in_joint = _first(joint, texts)
+        self.images_in_joint = [slice(row.start + text, row.stop) for row, text in zip(joint, texts, strict=True)]
         self.targets_in_joint = _first(self.images_in_joint, targets)
-        rotations = [place.condition.rotation[: place.tokens] for place in places]
-        rotation = torch.cat(rotations)[:, None, None]  # (tokens, 1, 1, D/2)
-        self.rotation, self.image_rotation = rotation, _taken(rotation, self.images_in_joint)
-        self.target_rotation = _taken(rotation, self.targets_in_joint)
+        self.targets_in_images = _first(self.images.slices, targets)
+        self.rotation = torch.cat([place.condition.rotation[: place.tokens] for place in places])
+        self.image_rotation = _taken(self.rotation, self.images_in_joint)
+        self.target_rotation = _taken(self.rotation, self.targets_in_joint)
         self._used = self._blocks = 0
         """Modulations and attentions that blocks have taken."""
 
@@ -234,7 +190,7 @@ class _Pass:
         latents = torch.cat([place.x for place in self.places])
         x = model.img_in(latents.to(model.img_in.weight.dtype))
         txt = torch.cat([each.text for each in self.conditions])
-        parts = zip(self.targets, self.places, strict=True)
+        parts = zip(self.targets.slices, self.places, strict=True)
         img = torch.cat([part for where, place in parts for part in (x[where], place.context)])
         doubles, singles = _doubles(model), _singles(model)
         last = [*doubles, *singles][-1]
@@ -244,26 +200,30 @@ class _Pass:
             img = self._join(txt, img)
             for single in singles:
                 img = self._single(single, img, last=single is last)
-        shifts, scales = self._modulation()
-        velocity = model.final_layer.linear(_modulated(img, self.targets, shifts, scales)).float()
-        return [velocity[where] for where in self.targets]
+        velocity = model.final_layer.linear(self.kernels.modulated(img, self.targets, *self._modulation())).float()
+        return [velocity[where] for where in self.targets.slices]
 
-    def _modulation(self) -> list[list[Tensor]]:
-        """What the next modulation holds, in order (shift, 1 + scale, gate, ...), each a (C,) for every place."""
-        rows = [place.condition.modulation[self._used][place.step].unbind() for place in self.places]
+    def _modulation(self) -> tuple[Tensor, ...]:
+        """What the next modulation holds, in order (shift, 1 + scale, gate, ...), each (R, C) for R places."""
+        rows = [place.condition.modulation[self._used][place.step] for place in self.places]
         self._used += 1
-        return [list(part) for part in zip(*rows, strict=True)]
+        return torch.stack(rows).unbind(1)
+
+    def _add_gated(self, x: Tensor, rows: Rows, gate: Tensor, y: Tensor) -> None:
+        self.kernels.add_gated(x, rows, gate, y)
+        if x.dtype == torch.float16:  # keep fp16 activations finite (diffusers PR #9097)
+            x.clip_(-65504, 65504)
 
     def _join(self, txt: Tensor, img: Tensor) -> Tensor:
         """Each row's text and then its image tokens."""
-        parts = zip(self.texts, self.images, strict=True)
+        parts = zip(self.texts.slices, self.images.slices, strict=True)
         return torch.cat([part for text, image in parts for part in (txt[text], img[image])])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[slice]) -> list[Tensor]:
         """Attention of each row's queries, (n, C), over all of that row; `queries`: where they lie in `q`."""
         block, self._blocks = self._blocks, self._blocks + 1
         found = []
-        for place, mine, row, image in zip(self.places, queries, self.joint, self.images_in_joint, strict=True):
+        for place, mine, row, image in zip(self.places, queries, self.joint.slices, self.images_in_joint, strict=True):
             keys, values = k[row], v[row]
             if place.memory is not None:
                 if place.remembers:
@@ -278,44 +238,50 @@ class _Pass:
 
     def _double(self, block: DoubleStreamBlock, img: Tensor, txt: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
         """Image and text after the block; after the last block the target alone, and the text as it was."""
-        img_1, img_2 = _halves(self._modulation())
-        txt_1, txt_2 = _halves(self._modulation())
-        qkv_img = _heads(block.img_attn.qkv(_modulated(img, self.images, *img_1[:2])), block.img_attn.num_heads)
-        qkv_txt = _heads(block.txt_attn.qkv(_modulated(txt, self.texts, *txt_1[:2])), block.txt_attn.num_heads)
-        _norm_rotate(qkv_img[:, :2], block.img_attn.norm, self.image_rotation)
-        _norm_rotate(qkv_txt[:, :2], block.txt_attn.norm, None)
+        kernels, heads = self.kernels, block.img_attn.num_heads
+        img_shift, img_scale, img_gate, *img_mod = self._modulation()
+        txt_shift, txt_scale, txt_gate, *txt_mod = self._modulation()
+        qkv_img = _heads(block.img_attn.qkv(kernels.modulated(img, self.images, img_shift, img_scale)), heads)
+        qkv_txt = _heads(block.txt_attn.qkv(kernels.modulated(txt, self.texts, txt_shift, txt_scale)), heads)
+        kernels.norm_rotate(qkv_img[:, :2], block.img_attn.norm.weight(), self.image_rotation)
+        kernels.norm_rotate(qkv_txt[:, :2], block.txt_attn.norm.weight(), None)
         q, k, v = self._join(qkv_txt, qkv_img).unbind(1)
-        where = self.images
         if last:
             out_img = torch.cat(self._attend(q, k, v, self.targets_in_joint))
-            img, where = _taken(img, self.targets_in_images), self.targets
+            img, rows = _taken(img, self.targets_in_images), self.targets
         else:
-            out = torch.cat(self._attend(q, k, v, self.joint))
-            out_txt, out_img = _taken(out, self.texts_in_joint), _taken(out, self.images_in_joint)
-            _add_gated(txt, self.texts, txt_1[2], block.txt_attn.proj(out_txt))
-            _add_gated(txt, self.texts, txt_2[2], _mlp(block.txt_mlp, _modulated(txt, self.texts, *txt_2[:2])))
-        _add_gated(img, where, img_1[2], block.img_attn.proj(out_img))
-        _add_gated(img, where, img_2[2], _mlp(block.img_mlp, _modulated(img, where, *img_2[:2])))
+            out = torch.cat(self._attend(q, k, v, self.joint.slices))
+            out_txt, out_img, rows = _taken(out, self.texts_in_joint), _taken(out, self.images_in_joint), self.images
+            self._add_gated(txt, self.texts, txt_gate, block.txt_attn.proj(out_txt))
+            self._mlp(block.txt_mlp, txt, self.texts, txt_mod)
+        self._add_gated(img, rows, img_gate, block.img_attn.proj(out_img))
+        self._mlp(block.img_mlp, img, rows, img_mod)
         return img, txt
+
+    def _mlp(self, layers: nn.Sequential, x: Tensor, rows: Rows, modulation: Sequence[Tensor]) -> None:
+        """x += gate MLP(modulated x), in place."""
+        first, second = cast(Linear, layers[0]), cast(Linear, layers[2])
+        shift, scale, gate = modulation
+        hidden = first.rows(self.kernels.modulated(x, rows, shift, scale), 0, first.out_features, gelu=True)
+        self._add_gated(x, rows, gate, second(hidden))
 
     def _single(self, block: SingleStreamBlock, x: Tensor, *, last: bool) -> Tensor:
         """The tokens after the block; after the last block the target's alone."""
+        kernels, heads, linear1, size = self.kernels, block.num_heads, block.linear1, x.shape[-1]
         shift, scale, gate = self._modulation()
-        size, heads, linear1 = x.shape[-1], block.num_heads, block.linear1
-        normed = _modulated(x, self.joint, shift, scale)
+        normed = kernels.modulated(x, self.joint, shift, scale)
         if not last:
             qkv = _heads(linear1.rows(normed, 0, 3 * size), heads)
-            _norm_rotate(qkv[:, :2], block.norm, self.rotation)
-            q, k, v = qkv.unbind(1)
-            queries = where = self.joint
+            kernels.norm_rotate(qkv[:, :2], block.norm.weight(), self.rotation)
+            (q, k, v), rows = qkv.unbind(1), self.joint
         else:
-            k, v = _heads(linear1.rows(normed, size, 3 * size), heads, 2).unbind(1)
-            normed, x = _taken(normed, self.targets_in_joint), _taken(x, self.targets_in_joint)
-            q = _heads(linear1.rows(normed, 0, size), heads, 1)[:, 0]
-            _norm_rotate(q[:, None], block.norm.query_norm, self.target_rotation)
-            _norm_rotate(k[:, None], block.norm.key_norm, self.rotation)
-            queries = where = self.targets
+            kv = _heads(linear1.rows(normed, size, 3 * size), heads, 2)
+            normed, x, rows = _taken(normed, self.targets_in_joint), _taken(x, self.targets_in_joint), self.targets
+            queries = _heads(linear1.rows(normed, 0, size), heads, 1)
+            kernels.norm_rotate(queries, block.norm.query_norm.weight(), self.target_rotation)
+            kernels.norm_rotate(kv[:, :1], block.norm.key_norm.weight(), self.rotation)
+            q, (k, v) = queries[:, 0], kv.unbind(1)
         hidden = linear1.rows(normed, 3 * size, linear1.out_features, gelu=True)
-        out = torch.cat(self._attend(q, k, v, queries))
-        _add_gated(x, where, gate, block.linear2(torch.cat([out, hidden], dim=-1)))
+        out = torch.cat(self._attend(q, k, v, rows.slices))
+        self._add_gated(x, rows, gate, block.linear2(torch.cat([out, hidden], dim=-1)))
         return x

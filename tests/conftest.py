@@ -9,6 +9,8 @@ import os
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before triton is imported, where it is: its kernels are checked without a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 

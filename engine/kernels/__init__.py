@@ -1,0 +1,69 @@
+"""What a block does between its linears and its attention, one kernel each: Triton on cuda, plain torch elsewhere.
+
+    modulated    layer norm, times 1 + scale, plus shift
+    add_gated    x += gate y
+    norm_rotate  root mean square norm of queries and keys, and their rotation
+
+GELU needs none: the linears take it into their own kernels (engine.linear).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """Where each row's tokens lie in a stream of tokens."""
+
+    def __init__(self, slices: Iterable[slice], device: torch.device) -> None:
+        self.slices = list(slices)
+        self._device = device
+
+    @classmethod
+    def counted(cls, counts: Iterable[int], device: torch.device) -> Rows:
+        """Rows of so many tokens, one after another."""
+        return cls((slice(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))), device)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """The row of each token, (tokens,) int32, for rows that lie one after another."""
+        counts = torch.tensor([each.stop - each.start for each in self.slices])
+        rows = torch.repeat_interleave(torch.arange(len(self.slices), dtype=torch.int32), counts)
+        return rows.to(self._device, non_blocking=True)
+
+
+class Kernels(Protocol):
+    """The three, over the tokens of R rows of C channels."""
+
+    def modulated(self, x: Tensor, rows: Rows, shift: Tensor, scale: Tensor) -> Tensor:
+        """(tokens, C); `shift` and `scale`, which has its 1 already, (R, C)."""
+        ...
+
+    def add_gated(self, x: Tensor, rows: Rows, gate: Tensor, y: Tensor) -> None:
+        """In place; `gate` (R, C)."""
+        ...
+
+    def norm_rotate(self, qk: Tensor, weight: Tensor, rotation: Tensor | None) -> None:
+        """In place, in fp32 inside: (tokens, K, H, D) queries, keys or both, by `weight` (K, D) fp32.
+
+        `rotation`: (tokens, D/2) complex; None turns nothing, as text stands at position 0.
+        """
+        ...
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """Those that a device is quickest with."""
+    if device.type == "cuda" and find_spec("triton"):
+        from engine.kernels.fused import Fused
+
+        return Fused()
+    from engine.kernels.plain import Plain
+
+    return Plain()
