@@ -43,6 +43,8 @@ class LowRank:
         return F.pad(out, (first - start, stop - last))
 
 
+FP8 = torch.float8_e4m3fn
+LARGEST_FP8 = torch.finfo(FP8).max
 SMALL = 1 << 22
 """Multiplications below which starting oneDNN costs more than it gains."""
 
@@ -53,6 +55,8 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.additions: list[Addition] = []
+        self.weight_scale: Tensor | None = None
+        """(out, 1) fp32 where the weight is fp8 (`engine.fp8`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rows(x, 0, self.out_features)
@@ -61,12 +65,16 @@ class Linear(nn.Linear):
         """Output features `start` to `stop`, (..., in) to (..., stop - start); `gelu`: through tanh GELU."""
         whole = start == 0 and stop == self.out_features
         weight, bias = (self.weight, self.bias) if whole else (self.weight[start:stop], self.bias[start:stop])
-        out = linear(x, weight, bias, gelu=gelu and not self.additions)
+        fused = gelu and not self.additions and self.weight_scale is None
+        if self.weight_scale is None:
+            out = linear(x, weight, bias, gelu=fused)
+        else:
+            out = multiply_fp8(x, weight, self.weight_scale[start:stop], bias)
         for addition in self.additions:
             added = addition(x, start, stop)
             if added is not None:
                 out = out + added
-        return F.gelu(out, approximate="tanh") if gelu and self.additions else out
+        return F.gelu(out, approximate="tanh") if gelu and not fused else out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
@@ -98,3 +106,24 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:
         x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], ""))
     )
     return out
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, C) as fp8, and the scales (n, 1) fp32 that give it back: x = fp8 * scale."""
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=1e-12) / LARGEST_FP8
+    return (x / scale).clamp_(-LARGEST_FP8, LARGEST_FP8).to(FP8), scale
+
+
+def multiply_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+    """x W' + b in the dtype of `x`, (..., in) to (..., out), the input quantised on the way."""
+    rows = x.reshape(-1, x.shape[-1])
+    tokens, scale = quantised(rows)
+    out = torch._scaled_mm(
+        tokens,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale.t(),
+        bias=bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+    )
+    return out.view(*x.shape[:-1], -1).to(x.dtype)

@@ -186,10 +186,11 @@ def _apply(module: nn.Module, change: Change, scale: float) -> Callable[[], None
         now = module.scale.float()
         return _added(module.additions, scale * (change.norm.to(now.device) - now))
     assert isinstance(module, nn.Linear)
-    weight, target = module.weight, change.target
+    device, target = module.weight.device, change.target
+    dtype = module.bias.dtype if isinstance(module, Linear) else module.weight.dtype  # a weight may be fp8
 
     def placed(tensor: Tensor | None, factor: float = 1.0) -> Tensor | None:
-        return None if tensor is None else (tensor * factor).to(weight.device, weight.dtype)
+        return None if tensor is None else (tensor * factor).to(device, dtype)
 
     addition = LowRank(
         target.start, target.stop, placed(change.down), placed(change.up, scale), placed(change.bias, scale)

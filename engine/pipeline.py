@@ -24,8 +24,10 @@ from engine.autoencoder import Autoencoder
 from engine.batching import DEFAULT_MAX_ROWS, DEFAULT_MAX_TOKENS
 from engine.config import ModelConfig
 from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
+from engine.fp8 import quantise
 from engine.kept import Kept
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
+from engine.linear import FP8
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
 from engine.requests import EditRequest, EditResult, check
 from engine.reuse import Approximation
@@ -91,24 +93,30 @@ class KontextEngine:
         """Load a diffusers folder, or a folder with BFL files, strictly; quantised weights (fp8, GGUF) become `dtype`.
 
         `device`: `auto` takes cuda, mps or cpu, in that order. `dtype` of transformer and text encoders: bfloat16 on
-        cuda, else float32; the autoencoder is float32. `text_length`: T5 tokens of every prompt; left out, the
-        tokenizer's own when at most 512, else 512. `config`: sizes of BFL files, else their `config.json`, else
-        Kontext-dev. Raises `WeightsError` and `ConfigError`.
+        cuda, else float32; float8_e4m3fn is bfloat16 with the linears of the blocks in fp8. The autoencoder is float32.
+        `text_length`: T5 tokens of every prompt; left out, the tokenizer's own when at most 512, else 512. `config`:
+        sizes of BFL files, else their `config.json`, else Kontext-dev. Raises `WeightsError` and `ConfigError`.
         """
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+        in_fp8, kind = kind == FP8, torch.bfloat16 if kind == FP8 else kind
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
+        transformer = load_transformer(files, device=chosen, dtype=kind)
+        if in_fp8:
+            quantise(transformer)
         return cls(
             config=files.config,
-            transformer=load_transformer(files, device=chosen, dtype=kind),
+            transformer=transformer,
             autoencoder=load_autoencoder(files, device=chosen),
             text=TextEncoder.load(files, device=chosen, dtype=kind, text_length=text_length),
             device=chosen,
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the model in the diffusers layout; adapters are not part of it."""
+        """Write the model in the diffusers layout; adapters are not part of it. Not from fp8, which has lost bits."""
+        if any(parameter.dtype == FP8 for parameter in self.transformer.parameters()):
+            raise ConfigError("a model in fp8 is not saved: load it in bfloat16 or float32 to save it")
         save_model(Path(path), transformer=self.transformer, autoencoder=self.autoencoder, save_texts=self.text.save)
 
     def load_adapter(self, path: str | Path, *, scale: float = 1.0) -> Adapter:
