@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.batching import Batch, Row, advance, schedule
-from engine.packed import Condition, Place
-from engine.pipeline import EditRequest, KontextEngine
+from engine.packed import Condition, Place, velocities
+from engine.pipeline import EditRequest, EditResult, KontextEngine
 from engine.sampling import euler_step, guide
 from engine.sampling import schedule as times
 from engine.text import TextFeatures
+from engine.transformer import FlowTransformer
 from tests.engine.conftest import CASE
 from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
 
@@ -294,6 +295,40 @@ def test_a_batch_equals_its_rows_alone(limited: KontextEngine, alone: list[Tenso
     assert [result.seed for result in results] == [requests[index].seed for index in indices]  # in the order asked
     for index, result in zip(indices, results, strict=True):
         assert worst(result.latents, alone[index]) < BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_results_are_equal_bit_for_bit_whatever_the_batch(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rows of other sizes, prompts and steps join and leave beside them; images and latents stay the same."""
+    folder = write_model(tmp_path / "model", Sizes(double=2, single=2))
+    engine = KontextEngine.load(folder, device="cpu", dtype=dtype, text_length=32)
+    requests = mixed()
+
+    def edit(order: Sequence[int]) -> dict[int, EditResult]:
+        return dict(zip(order, engine.edit([requests[index] for index in order]), strict=True))
+
+    engine.batch_invariant = True
+    alone = {index: engine.edit([request])[0] for index, request in enumerate(requests)}
+    for order in (range(10), list(reversed(range(10))), (3, 0, 9, 3, 7)):
+        for index, result in edit(order).items():
+            assert torch.equal(result.latents, alone[index].latents)
+            assert result.image.tobytes() == alone[index].image.tobytes()
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_the_batch_invariant_mode_is_a_pass_for_each_place(
+    tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch, invariant: bool
+) -> None:
+    sizes: list[int] = []
+
+    def counted(model: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
+        sizes.append(len(places))
+        return velocities(model, places)
+
+    monkeypatch.setattr("engine.session.velocities", counted)
+    monkeypatch.setattr(tiny, "batch_invariant", invariant)
+    tiny.edit([replace(mixed()[0], seed=seed, steps=2) for seed in range(3)])
+    assert sizes == ([1] * 6 if invariant else [3, 3])
 
 
 def test_equal_requests_in_one_batch_come_out_equal(tiny: KontextEngine) -> None:
