@@ -237,13 +237,21 @@ def load_transformer(files: ModelFiles, *, device: torch.device, dtype: torch.dt
 
 
 def load_autoencoder(files: ModelFiles, *, device: torch.device) -> Autoencoder:
-    """The autoencoder of a model, in either layout; always fp32, as both references encode."""
+    """The autoencoder of a model, in either layout; always fp32, as both references encode.
+
+    Its convolutions are laid out with channels last, for which cpu and cuda have the quicker kernels.
+    """
     with torch.device("meta"):
         module = Autoencoder(files.config.autoencoder)
     names, config = module.state_dict(), files.config.autoencoder
     table = autoencoder_to_diffusers(names, config) if files.layout == "diffusers" else untranslated(names)
     tensors = TensorFiles(files.autoencoder)
-    return load_strictly(module, table, tensors, device=device, dtype=torch.float32)
+    load_strictly(module, table, tensors, device=device, dtype=torch.float32)
+    if device.type in ("cpu", "cuda"):
+        for parameter in module.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def to_diffusers(module: FlowTransformer | Autoencoder) -> dict[str, Tensor]:
