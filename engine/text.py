@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ConfigError, WeightsError
-from engine.weights import ModelFiles, read_json, safetensors_files
+from engine.weights import READERS, ModelFiles, read_json, safetensors_files
 
 MAX_TEXT_LENGTH = 512
 CLIP_LENGTH = 77
@@ -163,8 +164,11 @@ def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) 
                 for name, found, wanted in info.get("mismatched_keys", ())
             ],
         )
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()  # memory of its own; see weights.load_strictly
+    parameters = list(module.parameters())
+    with ThreadPoolExecutor(READERS) as pool:  # each lands in memory of its own; see weights.load_strictly
+        copies = pool.map(lambda parameter: parameter.data.to(device, copy=True), parameters)
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.data = copy
     return module.to(device).requires_grad_(False).eval()
 
 

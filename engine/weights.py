@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from engine.transformer import FlowTransformer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 REPACKAGED_PREFIX = "model.diffusion_model."
+READERS = 4
+"""Threads that read weights: one that waits for each page of a mapped file in turn leaves the disk idle between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ def load_strictly(
     """Fill `module`, built on the meta device, from `files`; every name and shape must match.
 
     Each parameter lands in memory of its own: results depend in the last bits on where weights are aligned, and a
-    safetensors file maps them at any alignment (ENGINE.md 2.4).
+    safetensors file maps them at any alignment (ENGINE.md 2.4). `READERS` threads read, which call `files.get`.
     """
     expected: dict[str, tuple[int, ...]] = {}
     own = module.state_dict()
@@ -203,10 +206,13 @@ def load_strictly(
         for part_name, part in zip(translation.names, translation.split(own[name]), strict=True):
             expected[part_name] = tuple(part.shape)
     check_names(str(files.where), expected, files.shapes)
-    state = {
-        name: translation.join([files.get(part) for part in translation.names]).to(device, dtype, copy=True)
-        for name, translation in table.items()
-    }
+
+    def read(translation: Translation) -> Tensor:
+        joined = translation.join([files.get(part) for part in translation.names])
+        return joined.to(device, dtype, copy=len(translation.names) == 1)  # several parts are joined in fresh memory
+
+    with ThreadPoolExecutor(READERS) as pool:
+        state = dict(zip(table, pool.map(read, table.values()), strict=True))
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
