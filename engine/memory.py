@@ -82,7 +82,7 @@ def memory_plan(
 ) -> MemoryPlan:
     """How a model of these sizes lies in `memory` bytes of a device, with at most `rows` rows at once.
 
-    `may_offload`: whether the text encoders can lie elsewhere; where the device is the CPU, they cannot.
+    `may_offload`: whether the text encoders can lie elsewhere, in memory that is not the device's.
     """
     transformer = parameters.transformer * dtype.itemsize
     t5, clip = parameters.t5 * t5_dtype(dtype).itemsize, parameters.clip * dtype.itemsize
@@ -117,7 +117,7 @@ def plan_for(files: ModelFiles, device: torch.device, *, memory: int, dtype: tor
         )
     except Exception as error:  # transformers raises what it likes for entries of a wrong type or size
         raise ConfigError(f"{files.clip} or {files.t5}: no usable config.json ({error})") from error
-    may_offload = device.type != "cpu"
+    may_offload = device.type == "cuda"  # elsewhere the CPU has the same memory
     return memory_plan(files.config, parameters, memory=memory, dtype=dtype, rows=rows, may_offload=may_offload)
 
 
