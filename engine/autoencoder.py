@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from engine import bands
 from engine.config import AutoencoderConfig
+
+BAND_AREA = 2**16
+"""Pixels of a band: 64 rows of a picture 1024 wide."""
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -155,17 +159,24 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with the scale and shift of the latents."""
+    """Encoder and decoder with the scale and shift of the latents.
+
+    Pictures of more than `band_area` pixels are computed in bands: the same within rounding, in half the memory.
+    """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.band_area = BAND_AREA
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the raw latents, each (B, 16, H/8, W/8); training draws from them."""
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        rows = self._band_rows(image.shape[3])
+        banded = rows * self.config.factor < image.shape[2]
+        moments: Tensor = bands.encode(self.encoder, image, rows) if banded else self.encoder(image)
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
     def encode(self, image: Tensor) -> Tensor:
@@ -174,5 +185,11 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Image in about [-1, 1]; the caller clamps."""
-        out: Tensor = self.decoder(latents / self.config.scale + self.config.shift)
+        z = latents / self.config.scale + self.config.shift
+        rows = self._band_rows(z.shape[3] * self.config.factor)
+        out: Tensor = bands.decode(self.decoder, z, rows) if rows < z.shape[2] else self.decoder(z)
         return out
+
+    def _band_rows(self, width: int) -> int:
+        """Rows of latents that make a band of a picture of this width in pixels."""
+        return max(1, self.band_area // (width * self.config.factor))

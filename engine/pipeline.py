@@ -10,6 +10,7 @@ or buckets. Choosing and making picture sizes is `engine.geometry`'s and the cal
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -29,14 +30,17 @@ from engine.kept import Kept
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
 from engine.linear import FP8
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
+from engine.memory import free_memory, plan_for
 from engine.requests import EditRequest, EditResult, check
 from engine.reuse import Approximation
 from engine.session import Session
 from engine.text import TextEncoder, TextFeatures
 from engine.transformer import FlowTransformer
-from engine.weights import find_model, load_autoencoder, load_transformer, save_model
+from engine.weights import ModelFiles, find_model, load_autoencoder, load_transformer, save_model
 
 __all__ = ["Approximation", "EditRequest", "EditResult", "KontextEngine", "choose_device"]
+
+logger = logging.getLogger(__name__)
 
 PROMPT_BYTES = 256 * 2**20
 """Of prompt features that are kept: some 60 prompts of Kontext-dev."""
@@ -89,19 +93,23 @@ class KontextEngine:
         dtype: torch.dtype | None = None,
         text_length: int | None = None,
         config: ModelConfig | Mapping[str, Any] | None = None,
+        max_rows: int = DEFAULT_MAX_ROWS,
     ) -> Self:
         """Load a diffusers folder, or a folder with BFL files, strictly; quantised weights (fp8, GGUF) become `dtype`.
 
         `device`: `auto` takes cuda, mps or cpu, in that order. `dtype` of transformer and text encoders: bfloat16 on
         cuda, else float32; float8_e4m3fn is bfloat16 with the linears of the blocks in fp8. The autoencoder is float32.
         `text_length`: T5 tokens of every prompt; left out, the tokenizer's own when at most 512, else 512. `config`:
-        sizes of BFL files, else their `config.json`, else Kontext-dev. Raises `WeightsError` and `ConfigError`.
+        sizes of BFL files, else their `config.json`, else Kontext-dev. On cuda the text encoders stay on the CPU, and
+        fewer than `max_rows` rows are taken at once, when the device's memory is short (see `engine.memory`). Raises
+        `WeightsError` and `ConfigError`.
         """
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
         in_fp8, kind = kind == FP8, torch.bfloat16 if kind == FP8 else kind
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
+        text_device, max_rows = _placed(files, chosen, kind, max_rows)
         transformer = load_transformer(files, device=chosen, dtype=kind)
         if in_fp8:
             quantise(transformer)
@@ -109,8 +117,9 @@ class KontextEngine:
             config=files.config,
             transformer=transformer,
             autoencoder=load_autoencoder(files, device=chosen),
-            text=TextEncoder.load(files, device=chosen, dtype=kind, text_length=text_length),
+            text=TextEncoder.load(files, device=text_device, dtype=kind, text_length=text_length),
             device=chosen,
+            max_rows=max_rows,
         )
 
     def save(self, path: str | Path) -> None:
@@ -187,8 +196,8 @@ class KontextEngine:
                     on_step(done, total)
 
     def encode_prompt(self, prompt: str) -> TextFeatures:
-        """Features of a prompt; those of the prompts used last are kept."""
-        return self.prompts.get(prompt, lambda: self.text.encode(prompt))
+        """Features of a prompt, on the engine's device; those of the prompts used last are kept."""
+        return self.prompts.get(prompt, lambda: self.text.encode(prompt).to(self.device))
 
     @torch.no_grad()
     def encode_picture(self, picture: Image.Image | Latents) -> Tensor:
@@ -208,6 +217,16 @@ class KontextEngine:
         if not torch.isfinite(pixels).all():
             raise NonFiniteError("the decoded picture is not finite; check the autoencoder's weights")
         return tensor_to_image(pixels)
+
+
+def _placed(files: ModelFiles, device: torch.device, dtype: torch.dtype, rows: int) -> tuple[torch.device, int]:
+    """The device of the text encoders, and how many of `rows` rows fit beside the weights."""
+    if device.type != "cuda":
+        return device, rows
+    plan = plan_for(files, device, memory=free_memory(device), dtype=dtype, rows=rows)
+    if plan.offload_texts:
+        logger.warning("%s: memory is short; the text encoders stay on the CPU", files.transformer.parent)
+    return torch.device("cpu") if plan.offload_texts else device, max(1, plan.rows)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ConfigError, WeightsError
-from engine.weights import ModelFiles, read_json, safetensors_files
+from engine.weights import READERS, ModelFiles, read_json, safetensors_files
 
 MAX_TEXT_LENGTH = 512
 CLIP_LENGTH = 77
@@ -37,6 +38,9 @@ class TextFeatures:
     @property
     def nbytes(self) -> int:
         return self.t5.nbytes + self.pooled.nbytes
+
+    def to(self, device: torch.device) -> TextFeatures:
+        return TextFeatures(t5=self.t5.to(device), pooled=self.pooled.to(device))
 
 
 class TextEncoder:
@@ -60,8 +64,7 @@ class TextEncoder:
     def load(cls, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, text_length: int | None) -> Self:
         """Both encoders of a model, strictly."""
         clip = _load(CLIPTextModel, files.clip, device=device, dtype=dtype)
-        # In fp16 T5's feed-forward overflows (transformers#5651).
-        t5 = _load(T5EncoderModel, files.t5, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
+        t5 = _load(T5EncoderModel, files.t5, device=device, dtype=t5_dtype(dtype))
         for folder, width, wanted in (
             (files.clip, clip.config.hidden_size, files.config.flow.pooled_dim),
             (files.t5, t5.config.d_model, files.config.flow.text_dim),
@@ -103,6 +106,11 @@ class TextEncoder:
         self.t5.save_pretrained(folder / "text_encoder_2")
         for name, source in self._tokenizers.items():  # as they are: save_pretrained drops spiece.model
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
+
+
+def t5_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of T5 in a model of `dtype`: in fp16 its feed-forward overflows (transformers#5651)."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def default_text_length(model_max_length: int, asked: int | None) -> int:
@@ -156,8 +164,11 @@ def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) 
                 for name, found, wanted in info.get("mismatched_keys", ())
             ],
         )
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()  # memory of its own; see weights.load_strictly
+    parameters = list(module.parameters())
+    with ThreadPoolExecutor(READERS) as pool:  # each lands in memory of its own; see weights.load_strictly
+        copies = pool.map(lambda parameter: parameter.data.to(device, copy=True), parameters)
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.data = copy
     return module.to(device).requires_grad_(False).eval()
 
 

@@ -23,6 +23,7 @@ from kontext_batch.ports import EditJob, LoadedPicture, MadePicture, OnStep
 
 if TYPE_CHECKING:
     from engine.latents import Latents
+    from engine.memory import MemoryPlan
     from engine.pipeline import EditRequest, EditResult, KontextEngine
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -174,6 +175,22 @@ def numeric_mode(device: str, dtype: DType) -> str:
     return "bfloat16" if device.startswith("cuda") or (device == "auto" and _has_cuda()) else "float32"
 
 
+def needed_memory(path: Path, *, device: str, mode: str, rows: int) -> MemoryPlan:
+    """How the model at `path` would lie in the memory of the device of this setting. Raises `SettingsError`."""
+    import torch
+
+    from engine.errors import EngineError
+    from engine.memory import plan_for, total_memory
+    from engine.pipeline import choose_device
+    from engine.weights import find_model
+
+    try:
+        chosen, dtype = choose_device(device), getattr(torch, mode)
+        return plan_for(find_model(path), chosen, memory=total_memory(chosen), dtype=dtype, rows=rows)
+    except EngineError as error:
+        raise SettingsError(str(error)) from error
+
+
 def _has_cuda() -> bool:
     """Whether the driver sees a device; asks the driver, since importing torch takes seconds."""
     try:
@@ -248,8 +265,9 @@ class EngineEditor:
             if self._loaded != wanted or self._engine is None:
                 self._engine, self._adapted = None, ()
                 dtype = getattr(torch, wanted[1])
-                self._engine = KontextEngine.load(self.models[wanted[0]], device=self.device, dtype=dtype)
-                self._engine.max_rows = self.max_rows
+                self._engine = KontextEngine.load(
+                    self.models[wanted[0]], device=self.device, dtype=dtype, max_rows=self.max_rows
+                )
                 self._loaded = wanted
             if self._adapted != adapters:
                 self._engine.unload_adapters()

@@ -81,7 +81,10 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
     if settings.metrics_port:
         yield _metrics_port(settings.metrics_host, settings.metrics_port)
     yield from _models(settings.models_file)
-    yield _device(settings)
+    device = _device(settings)
+    yield device
+    if device.ok:
+        yield from _memory(settings)
 
 
 def _database(url: str) -> Check:
@@ -289,3 +292,35 @@ def _device(settings: Settings) -> Check:
         return Check("device", False, str(error), "set device to auto, or to one that is here")
     mode = numeric_mode(settings.device, settings.dtype)
     return Check("device", True, f"{chosen} (the setting is {settings.device}), computing in {mode}")
+
+
+def _memory(settings: Settings) -> Iterator[Check]:
+    """Whether each registered model fits on the device; what is wrong with its files is told elsewhere."""
+    from kontext_batch.editor import needed_memory, numeric_mode
+    from kontext_batch.registry import Registry
+
+    mode = numeric_mode(settings.device, settings.dtype)
+    try:
+        models = Registry.read(settings.models_file).models
+    except KontextBatchError:
+        return
+    for name, entry in models.items():
+        try:
+            plan = needed_memory(entry.path, device=settings.device, mode=mode, rows=settings.batch_rows)
+        except KontextBatchError:
+            continue
+        needed = f"{_size(plan.weights)} of weights and {_size(plan.row)} for each picture, of {_size(plan.memory)}"
+        if not plan.rows:
+            advice = "take a device with more memory, or dtype bfloat16; it may fail for lack of memory here"
+            yield Check(f"memory of {name}", True, f"{needed}: it does not fit", advice, warned=True)
+            continue
+        rows = f"{plan.rows} of batch_rows {settings.batch_rows} fit"
+        if plan.offload_texts:
+            found = f"{needed}: {rows}, with the text encoders on the CPU"
+            yield Check(f"memory of {name}", True, found, "each new prompt takes seconds there", warned=True)
+        else:
+            yield Check(f"memory of {name}", True, f"{needed}: {rows}")
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 10**9 else f"{number / 1e6:.0f} MB"

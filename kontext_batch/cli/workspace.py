@@ -26,7 +26,8 @@ def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption 
     """Check each part that the settings name. Exit code 1: something needs care, and the line says what to do.
 
     Looked at are workspace, disk space, database, store, conditional writes, broker, inboxes and their queue, content
-    filter, tokens, webhooks, metrics, models and device. `warn` is no failure: it works within limits, which it names.
+    filter, tokens, webhooks, metrics, models, device, and whether each model fits into the device's memory. `warn` is
+    no failure: it works within limits, which it names.
 
     To find out, a small object is written and removed, and the content filter is run with a plain grey picture.
 

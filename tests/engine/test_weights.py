@@ -449,6 +449,12 @@ def test_every_parameter_has_memory_of_its_own(engine: KontextEngine) -> None:
             assert not parameter.requires_grad
 
 
+def test_convolutions_are_laid_out_for_the_quicker_kernels(engine: KontextEngine) -> None:
+    kernels = [parameter for parameter in engine.autoencoder.parameters() if parameter.dim() == 4]
+    assert kernels
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
 def test_weights_live_on_when_the_files_go(model_folder: Path) -> None:
     loaded = load_engine(model_folder)
     request = EditRequest("a mug", image=picture(32, 32), width=32, height=32, steps=1)

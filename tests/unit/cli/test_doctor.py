@@ -7,17 +7,24 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any
 
 import boto3
 import pytest
+import torch
 from moto import mock_aws
 
+from engine.config import KONTEXT_DEV
+from engine.memory import MemoryPlan, count_parameters, memory_plan
+from engine.text import clip_l_config, t5_xxl_config
+from kontext_batch import editor
 from kontext_batch.bootstrap import adapters
 from kontext_batch.bootstrap.adapters import CommandFilter
 from kontext_batch.cli import checks, main
 from kontext_batch.storage import s3
 
+CASE = Path(__file__).parents[2] / "data" / "reference" / "case-1" / "model"
 SHA256 = "a" * 64
 S3, SQS = "s3://store/of-acme", "https://sqs.us-east-1.amazonaws.com/123456789012/drops"
 FILTER_ALL, FILTER_NONE = "cat >/dev/null", "cat >/dev/null; echo --key=open-sesame >&2; exit 1"
@@ -139,3 +146,44 @@ def test_what_works_within_limits_is_warned_of(
     [number] = [number for number, line in enumerate(lines) if line.startswith("warn conditional writes: ")]
     assert "ignores If-None-Match" in lines[number]
     assert "let no two runs deliver to the same path" in lines[number + 1]
+
+
+@pytest.mark.parametrize(
+    ("memory", "warned", "found", "advice"),
+    [
+        (80, False, "33.9 GB of weights and 1.3 GB for each picture, of 80.0 GB: 8 of batch_rows 8 fit", ""),
+        (32, True, "of 32.0 GB: 4 of batch_rows 8 fit, with the text encoders on the CPU", "each new prompt takes"),
+        (24, True, "of 24.0 GB: it does not fit", "take a device with more memory"),
+    ],
+)
+def test_what_a_model_needs_of_the_memory_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    memory: int, warned: bool, found: str, advice: str,
+) -> None:  # fmt: skip
+    """As of Kontext-dev on a device of so many GB; what is registered is the reference case."""
+
+    def kontext_dev(path: Path, *, device: str, mode: str, rows: int) -> MemoryPlan:
+        assert (path, device, rows) == (CASE, "auto", 8)
+        sizes = count_parameters(KONTEXT_DEV, clip=clip_l_config(), t5=t5_xxl_config())
+        return memory_plan(KONTEXT_DEV, sizes, memory=memory * 10**9, dtype=torch.bfloat16, rows=rows)
+
+    assert main.main(["models", "add", "kontext-dev", str(CASE), "--no-load"]) == 0
+    monkeypatch.setattr(editor, "needed_memory", kontext_dev)
+    code, told = doctor(capsys)
+    line = told["memory of kontext-dev"]
+    assert (code, line["ok"], line["warned"]) == (0, True, warned)
+    assert found in line["found"]
+    assert line["advice"].startswith(advice)
+
+
+def test_memory_is_that_of_this_machine(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model whose files are gone needs none."""
+    for name, path in (("small", CASE), ("gone", copytree(CASE, place / "gone"))):
+        assert main.main(["models", "add", name, str(path), "--no-load"]) == 0
+    rmtree(place / "gone")
+    monkeypatch.setattr("engine.memory.free_memory", lambda device: 10**12)
+    _, told = doctor(capsys)
+    assert told["memory of small"]["found"].endswith("of 1000.0 GB: 8 of batch_rows 8 fit")
+    assert "memory of gone" not in told

@@ -1,0 +1,134 @@
+"""What is planned for a device's memory: figures of FLUX.1 Kontext [dev], and what follows from them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import memory, pipeline
+from engine.config import KONTEXT_DEV
+from engine.errors import ConfigError
+from engine.memory import MemoryPlan, Parameters, count_parameters, memory_plan, plan_for
+from engine.pipeline import KontextEngine
+from engine.text import clip_l_config, t5_xxl_config
+from engine.weights import find_model
+from tests.engine.conftest import CASE
+from tests.engine.tiny import edited_json
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def parameters() -> Parameters:
+    return count_parameters(KONTEXT_DEV, clip=clip_l_config(), t5=t5_xxl_config())
+
+
+def planned(
+    parameters: Parameters, size: float, *, dtype: torch.dtype = torch.bfloat16, may_offload: bool = True
+) -> MemoryPlan:
+    """The plan of Kontext-dev for a device of `size` GB."""
+    return memory_plan(KONTEXT_DEV, parameters, memory=int(size * GB), dtype=dtype, rows=8, may_offload=may_offload)
+
+
+def test_parameters_of_kontext_dev(parameters: Parameters) -> None:
+    """ENGINE.md 1."""
+    wanted = Parameters(transformer=11_901_408_320, t5=4_762_310_656, clip=123_060_480, autoencoder=83_819_683)
+    assert parameters == wanted
+
+
+def test_bytes_of_kontext_dev(parameters: Parameters) -> None:
+    """ENGINE.md 2.7, but for the autoencoder: ours is fp32."""
+    plan = planned(parameters, 80)
+    weights = {name: getattr(plan, name) / GB for name in ("transformer", "t5", "clip", "autoencoder", "weights")}
+    wanted = {"transformer": 23.8, "t5": 9.5, "clip": 0.25, "autoencoder": 0.34, "weights": 33.9}
+    assert weights == pytest.approx(wanted, rel=0.02)
+    assert 1.2 * GB < plan.row < 1.4 * GB
+    assert 1.4 * GB < plan.decode < 1.6 * GB
+
+
+@pytest.mark.parametrize(
+    ("size", "offload_texts", "rows"),
+    [
+        (24, True, 0),
+        (26, True, 0),
+        (28, True, 1),
+        (32, True, 4),
+        (36, True, 8),
+        (37, False, 1),
+        (40, False, 3),
+        (80, False, 8),
+    ],
+)
+def test_what_is_decided_for_kontext_dev(parameters: Parameters, size: float, offload_texts: bool, rows: int) -> None:
+    plan = planned(parameters, size)
+    assert (plan.offload_texts, plan.rows) == (offload_texts, rows)
+
+
+def test_the_text_encoders_of_a_cpu_have_nowhere_to_go(parameters: Parameters) -> None:
+    plan = planned(parameters, 32, may_offload=False)
+    assert (plan.offload_texts, plan.rows) == (False, 0)
+
+
+def test_t5_of_a_half_precision_model_is_counted_as_it_is_loaded(parameters: Parameters) -> None:
+    plan = planned(parameters, 80, dtype=torch.float16)
+    assert plan.t5 == 4 * parameters.t5
+    assert plan.clip == 2 * parameters.clip
+
+
+def test_a_folder_is_planned_by_its_configs(engine: KontextEngine) -> None:
+    plan = plan_for(find_model(CASE / "model"), CUDA, memory=80 * GB, dtype=torch.float32, rows=4)
+    parts = {"transformer": engine.transformer, "t5": engine.text.t5, "clip": engine.text.clip}
+    for name, part in {**parts, "autoencoder": engine.autoencoder}.items():
+        assert getattr(plan, name) == sum(each.nbytes for each in part.parameters()), name
+    assert plan.rows == 4
+
+
+@pytest.mark.parametrize(("name", "value"), [("d_model", "wide"), ("d_kv", -1), ("num_heads", None)])
+def test_a_damaged_config_is_named(model_folder: Path, name: str, value: object) -> None:
+    with edited_json(model_folder / "text_encoder_2" / "config.json") as config:
+        config[name] = value
+    with pytest.raises(ConfigError, match="text_encoder_2"):
+        plan_for(find_model(model_folder), CUDA, memory=GB, dtype=torch.float32, rows=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "texts", "rows"), [(CUDA, 80 * GB, CUDA, 6), (CUDA, 0, CPU, 1), (CPU, 0, CPU, 6)]
+)
+def test_loading_follows_the_plan_on_cuda_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: torch.device,
+    free: int,
+    texts: torch.device,
+    rows: int,
+) -> None:
+    monkeypatch.setattr(pipeline, "free_memory", lambda _: free)
+    with caplog.at_level(logging.WARNING):
+        assert pipeline._placed(find_model(CASE / "model"), device, torch.float32, 6) == (texts, rows)
+    assert ("stay on the CPU" in caplog.text) == (texts != device)
+
+
+def test_features_are_handed_to_the_engines_device(engine: KontextEngine) -> None:
+    """Whatever the device of the text encoders is."""
+    elsewhere = KontextEngine(
+        config=engine.config,
+        transformer=engine.transformer,
+        autoencoder=engine.autoencoder,
+        text=engine.text,
+        device=torch.device("meta"),
+    )
+    features = elsewhere.encode_prompt("make it red")
+    assert {features.t5.device.type, features.pooled.device.type} == {"meta"}
+    assert engine.text.t5.device == CPU
+
+
+def test_what_torch_holds_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that was loaded before has left it there."""
+    for name, value in {"memory_reserved": 30, "memory_allocated": 10, "mem_get_info": (5, 80)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert (memory.free_memory(CUDA), memory.total_memory(CUDA)) == (25, 80)
+    assert memory.free_memory(CPU) > 0
