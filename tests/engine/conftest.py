@@ -91,6 +91,7 @@ def wide_bfl(wide_model: Path, wide: KontextEngine, tmp_path: Path) -> Path:
     shutil.copytree(
         wide_model, folder, ignore=shutil.ignore_patterns("transformer", "vae", "scheduler", "model_index.json")
     )
-    save_file(wide.autoencoder.state_dict(), folder / "ae.safetensors")
+    autoencoder = {name: tensor.contiguous() for name, tensor in wide.autoencoder.state_dict().items()}
+    save_file(autoencoder, folder / "ae.safetensors")
     (folder / "config.json").write_text(json.dumps(wide.config.to_dict()))
     return folder
