@@ -51,8 +51,8 @@ LOOK_SECONDS = 1.0
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
 TURN_SECONDS = 600.0
-"""How long a worker goes on after one ring; then it finishes what it has in hand and rings for the rest, and Celery sees
-that it is alive. The slots idle meanwhile, so not too short; RabbitMQ gives a ring half an hour to be taken."""
+"""How long a worker goes on after one ring; then it finishes what it has in hand, rings for the rest, and Celery sees
+that it is alive. Slots idle meanwhile, so it is long; but RabbitMQ lets a ring wait half an hour for its worker."""
 RETRY_SECONDS = 1.0
 FULL_SECONDS = 60.0
 """Pause of a worker whose results the store does not take."""
