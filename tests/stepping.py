@@ -32,8 +32,12 @@ class SteppingEditor:
         """These are in while a denoise step is taken."""
 
     def make(self, job: EditJob) -> MadePicture:
-        """Raises `StepError`."""
+        """What left the session; raises `StepError`."""
         raise NotImplementedError
+
+    def encode(self, picture: MadePicture) -> MadePicture:
+        """It, as files."""
+        return picture
 
     def describe(self) -> Mapping[str, Any]:
         return {"device": "cpu", "libraries": {"toy": "1"}}
@@ -70,16 +74,17 @@ class CountingSession:
 
     def _made(self, job: EditJob) -> Made | StepError:
         try:
-            return Made(self.editor.make(job))
+            return Made(self.editor, self.editor.make(job))
         except StepError as error:
             return error
 
 
 @dataclass(frozen=True)
 class Made:
-    """`ports.SampledPicture` that is made already."""
+    """`ports.SampledPicture` of it."""
 
+    editor: SteppingEditor
     picture: MadePicture
 
     def encode(self) -> MadePicture:
-        return self.picture
+        return self.editor.encode(self.picture)
