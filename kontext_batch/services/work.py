@@ -97,6 +97,8 @@ class Worker:
     """Called when it is told to drain, from the heartbeat's thread."""
     leases: Leases = field(default_factory=Leases)
     """What it has in hand: what the heartbeat extends."""
+    reconciles: bool = False
+    """Whether it returns what workers held that are gone: there may be no beat that does."""
     owed: int = 0
     """Deliveries that this worker's commits have made possible since it last looked for some."""
 
@@ -168,20 +170,18 @@ class Worker:
 
     def serve(self) -> None:
         """Work on every running run until told to end, looking for work all the time: there is nobody to ring."""
+        self.reconciles = True
         with self.registered():
             while not self.ending:
-                if not self.turn_through_outages(reconciling=True):
+                if not self.turn_through_outages():
                     self.draining.wait(IDLE_SECONDS)
 
-    def turn_through_outages(self, *, reconciling: bool = False) -> bool:
+    def turn_through_outages(self) -> bool:
         """`turn`; an outage breaks it off and no more, and what it held is given back.
 
         Anything else that is raised is no outage: the process had better end, so that its leases are counted as lost.
-        `reconciling`: first return what workers held that are gone, where there may be no beat that does.
         """
         try:
-            if reconciling:
-                reconcile(self.repository)
             return self.turn()
         except (StorageFull, StorageReadOnly, NotAllowed) as error:
             # The same would be computed again, and have nowhere to go.
@@ -229,6 +229,8 @@ class Worker:
 
     def _look(self) -> bool:
         """What is due each second or so, and not with each batch; says whether a run is held back no more."""
+        if self.reconciles:
+            reconcile(self.repository)
         self.repository.finish_runs()
         enforce(self.repository, self.limits)
         if self.backlog_limit is None or not self.has_device:
@@ -323,8 +325,7 @@ class Worker:
 
         def look() -> None:
             self._look()
-            if self.owed:
-                self.deliver(run_id=run_id)
+            self.deliver(run_id=run_id)
 
         return Pipeline(
             executor=self.executor,
