@@ -122,6 +122,12 @@ class Bench:
         )
         return submit(self.repository, replace(plan, steps=tuple(timed)))
 
+    def work(self) -> None:
+        """Until nothing is ready, now or after a pause."""
+        while READY in self.states().values():
+            if not self.worker.work_once():
+                time.sleep(0.01)
+
     def rows(self, run_id: int = 1) -> dict[str, StepRow]:
         return {str(row.params["name"]): row for row in self.repository.run_steps(run_id)}
 
@@ -315,8 +321,7 @@ def test_a_read_that_finds_no_answer_is_tried_again(bench: Bench, monkeypatch: p
     missing = first_time(InfrastructureError("503"), "file:///in/s1.png")
     bench.store.on_read = missing
     bench.submit(singles(3), {})
-    while bench.worker.work_once():
-        pass
+    bench.work()
     assert set(bench.states().values()) == {DONE}
     assert bench.outcomes("s1") == ["retry", "ok"]
     assert bench.outcomes("s0") == ["ok"]
@@ -332,8 +337,7 @@ def test_a_session_that_breaks_is_met_by_all_that_were_in(bench: Bench, monkeypa
 
     bench.editor.on_step = step
     bench.submit(singles(2), {})
-    while bench.worker.work_once():
-        pass
+    bench.work()
     assert [bench.outcomes(name) for name in ("s0", "s1")] == [["retry", "ok"]] * 2
 
 
@@ -353,8 +357,7 @@ def test_a_lane_without_a_session_is_met_by_all_its_steps(
             raise closed.pop()
 
     bench.editor.on_session = session
-    while bench.worker.work_once():
-        pass
+    bench.work()
     assert [bench.outcomes(name) for name in ("s0", "s1")] == [outcomes] * 2
 
 
@@ -366,8 +369,7 @@ def test_too_many_for_the_device_are_done_by_halves(bench: Bench) -> None:
 
     bench.editor.on_step = step
     bench.submit(singles(8), {})
-    while bench.worker.work_once():
-        pass
+    bench.work()
     assert set(bench.states().values()) == {DONE}
     tries = [outcome for name in bench.rows() for outcome in bench.outcomes(name)]
     assert set(tries) == {"retry", "ok"}
@@ -387,8 +389,7 @@ def test_a_suspect_is_sampled_with_nothing_else_in_hand(bench: Bench) -> None:
             beside.append(len(bench.worker.leases))
 
     bench.editor.on_step = step
-    while bench.worker.work_once():
-        pass
+    bench.work()
     assert set(bench.states().values()) == {DONE}
     assert set(beside) == {1}
 
