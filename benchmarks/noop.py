@@ -36,12 +36,12 @@ from kontext_batch.ports import (
     MadePicture,
     NewRun,
     ObjectInfo,
-    OnStep,
     WakeUps,
     WorkerInfo,
 )
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.work import Worker
+from tests.stepping import SteppingEditor
 
 ROOT = "s3://studio-assets/kontext/objects"
 LANE = "edit/" + "a" * 64 + "/bfloat16-cuda"
@@ -162,24 +162,21 @@ def _made(params: Mapping[str, Any], slot: str) -> bytes:
     return URIS.told(bytes.fromhex(sha256_hex(canonical_json([params["prompt"], slot]).encode())))
 
 
-@dataclass(slots=True)
-class NoEngine:
+@dataclass
+class NoEngine(SteppingEditor):
     """`editor.EngineEditor` that samples nothing. As of a model, latents are kept beside each picture."""
 
     models: Mapping[str, Path] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
     device: str = "cpu"
-    max_rows: int = 8
     max_pixels: int = 0
 
-    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
-        timings = {"sample": 0.0, "decode": 0.0}
-        return [
-            MadePicture(
-                _made(job.params, "image"), "image/png", 1024, 1024, timings, latents=_made(job.params, "latents")
-            )
-            for job in jobs
-        ]
+    def admitted(self, job: EditJob) -> int:
+        return 1
+
+    def make(self, job: EditJob) -> MadePicture:
+        image, latents = _made(job.params, "image"), _made(job.params, "latents")
+        return MadePicture(image, "image/png", 1024, 1024, {"decode": 0.0}, latents=latents)
 
     def describe(self) -> Mapping[str, Any]:
         return {"device": self.device, "libraries": {"torch": "2.9.0", "transformers": "5.0.0", "pillow": "13.0.0"}}

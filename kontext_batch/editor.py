@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -19,12 +19,13 @@ from PIL import Image
 
 from kontext_batch.errors import InfrastructureError, OutOfMemory, SettingsError, StepError
 from kontext_batch.operations.pictures import encode_png, open_picture
-from kontext_batch.ports import EditJob, LoadedPicture, MadePicture, OnStep
+from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
 
 if TYPE_CHECKING:
     from engine.latents import Latents
     from engine.memory import MemoryPlan
     from engine.pipeline import EditRequest, EditResult, KontextEngine
+    from engine.session import Session
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LIBRARIES = ("torch", "transformers", "safetensors", "pillow", "kontext-batch")
@@ -215,38 +216,18 @@ class EngineEditor:
     _loaded: tuple[str, str] | None = None
     _adapted: tuple[tuple[str, float], ...] = field(default=())
 
-    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
-        """One result or error for each job, in order. What stops the whole batch is raised."""
-        import torch
-
-        from engine.errors import EngineError
-
-        engine = self._prepare(jobs[0].params)
-        results: list[MadePicture | Exception] = [StepError("not computed") for _ in jobs]
-        requests: list[EditRequest] = []
-        numbers: list[int] = []
-        for number, job in enumerate(jobs):
-            try:
-                requests.append(self._request(job))
-                numbers.append(number)
-            except StepError as error:
-                results[number] = error
-        try:
-            with closing(engine.stream(requests, on_step=on_step)) as stream:
-                for index, made in stream:
-                    results[numbers[index]] = StepError(str(made)) if isinstance(made, EngineError) else _made(made)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"the device ran out of memory with {len(requests)} images; lower batch_rows in the settings"
-            ) from error
-        return results
+    @contextmanager
+    def session(self, params: Mapping[str, Any]) -> Iterator[EngineSession]:
+        """Of the model and adapters that these params name, which are loaded when they are not."""
+        with self._loaded_for(params).session() as session:
+            yield EngineSession(session)
 
     def describe(self) -> Mapping[str, Any]:
         """Device and library versions, for the lineage."""
         device = self.device if self._engine is None else str(self._engine.device)
         return {"device": device, "libraries": {name: version(name) for name in LIBRARIES}}
 
-    def _prepare(self, params: Mapping[str, Any]) -> KontextEngine:
+    def _loaded_for(self, params: Mapping[str, Any]) -> KontextEngine:
         """The engine with the lane's model and adapters."""
         import torch
 
@@ -279,7 +260,8 @@ class EngineEditor:
             raise StepError(str(error)) from error
         return self._engine
 
-    def _request(self, job: EditJob) -> EditRequest:
+    def prepare(self, job: EditJob) -> EditRequest:
+        """The request that stands for a job; in any thread."""
         from engine.pipeline import EditRequest
 
         params = job.params
@@ -327,15 +309,68 @@ class EngineEditor:
         return ground
 
 
-def _made(result: EditResult) -> MadePicture:
-    return MadePicture(
-        data=encode_png(result.image),
-        media_type="image/png",
-        width=result.width,
-        height=result.height,
-        timings=result.timings,
-        latents=_write_latents(result),
-    )
+@dataclass(frozen=True, slots=True)
+class EngineSession:
+    """`ports.EditSession` of the engine."""
+
+    session: Session[int]
+
+    @property
+    def free(self) -> int:
+        return self.session.free
+
+    def admit(self, ticket: int, prepared: EditRequest) -> None:
+        from engine.errors import RequestError
+
+        try:
+            with _enough_memory(self.session.alive + 1):
+                self.session.admit(prepared, ticket)
+        except RequestError as error:
+            raise StepError(str(error)) from error
+
+    def step(self) -> None:
+        with _enough_memory(self.session.alive):
+            self.session.step()
+
+    def retire(self) -> Sequence[tuple[int, Sampled | StepError]]:
+        from engine.errors import EngineError
+
+        with _enough_memory(self.session.alive):
+            left = self.session.retire()
+        return [
+            (ticket, StepError(str(result)) if isinstance(result, EngineError) else Sampled(result))
+            for ticket, result in left
+        ]
+
+
+@contextmanager
+def _enough_memory(images: int) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the device ran out of memory with {images} images; lower batch_rows in the settings"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """`ports.SampledPicture` of the engine."""
+
+    result: EditResult
+
+    def encode(self) -> MadePicture:
+        result = self.result
+        return MadePicture(
+            data=encode_png(result.image),
+            media_type="image/png",
+            width=result.width,
+            height=result.height,
+            timings=result.timings,
+            latents=_write_latents(result),
+        )
 
 
 def _write_latents(result: EditResult) -> bytes:

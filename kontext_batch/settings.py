@@ -139,9 +139,9 @@ class Settings(BaseSettings):
     queue_prefix: str = Field(default="kontext", pattern=r"^[A-Za-z0-9_.-]{1,60}$")
     """Of the names of the broker's queues: installations that share a broker have different ones."""
     grace_seconds: float = Field(default=60.0, ge=0)
-    """How long a worker that is told to end may take to finish the batch in flight."""
+    """How long a worker that is told to end may take to finish what it has in hand."""
     batch_seconds: PositiveFloat = 1800.0
-    """How long a batch may take at most: a Celery worker's process that takes longer is replaced."""
+    """How long a Celery worker may take, after a turn is over, to finish what it has in hand; then it is replaced."""
     cache_limit: PositiveInt = 20 * 10**9
     """Bytes of artifacts to keep in a workspace. Above it, the end of a run and `gc` remove what can be computed again,
     oldest first."""

@@ -30,6 +30,7 @@ from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
     Artifact,
+    InHand,
     LeasedStep,
     ParentOutput,
     Ranking,
@@ -60,6 +61,7 @@ def claim(
     ranking: Ranking | None = None,
     run_id: int | None = None,
     capped: bool = False,
+    in_hand: InHand | None = None,
 ) -> list[LeasedStep]:
     if capped and conn.dialect.name == "postgresql":
         conn.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_CAP_LOCK})")
@@ -68,7 +70,7 @@ def claim(
         shares = sorted(shares, key=lambda share: share.run_id != run_id)
     chosen: dict[int, Any] = {}
     of_owner: Counter[str] = Counter()
-    lane = ""
+    lane, beside = "", 0 if in_hand is None else in_hand.steps
     for share in shares:
         if not chosen:
             lane = share.lane
@@ -81,10 +83,13 @@ def claim(
             room = min(room, share.owner_limit - of_owner[share.owner])
         if room <= 0:
             continue
-        found = _choose(conn, share, room, run_id, begun=len(chosen))
+        # In turn, else a batch that others join and leave might never be small enough.
+        found, waits = _choose(conn, share, room, run_id, begun=beside + len(chosen), in_turn=in_hand is not None)
+        if found and in_hand is not None and lane != in_hand.lane:
+            return []
         of_owner[share.owner] += len(found)
         chosen |= found
-        if len(chosen) >= limit or any(step.batch_limit is not None for step in found.values()):
+        if waits or len(chosen) >= limit or any(step.batch_limit is not None for step in found.values()):
             break
     # None at all: nothing is ready, or other workers hold it at this moment.
     return _lease(conn, worker_id, lane, chosen, lease_seconds) if chosen else []
@@ -141,28 +146,35 @@ def waiting_lanes(conn: sa.Connection) -> dict[str, int]:
     """Of steps whose time to wait is not over none is counted."""
     found: Counter[str] = Counter()
     for each in _ready(conn):
-        if each.lane not in found and _choose(conn, Share(each.run_id, each.lane), 1, None, begun=0):
+        if each.lane not in found and _choose(conn, Share(each.run_id, each.lane), 1, None, begun=0)[0]:
             found[each.lane] = 1
     if OPERATIONS_LANE not in found and pending_deliveries(conn, limit=1):
         found[OPERATIONS_LANE] = 1
     return dict(found)
 
 
-def _choose(conn: sa.Connection, share: Share, limit: int, run_id: int | None, *, begun: int) -> dict[int, Any]:
-    """The first steps of a share that may join a batch of `begun` steps, in order."""
+def _choose(
+    conn: sa.Connection, share: Share, limit: int, run_id: int | None, *, begun: int, in_turn: bool = False
+) -> tuple[dict[int, Any], bool]:
+    """The first steps of a share that may join a batch of `begun` steps.
+
+    One for which the batch is too large is left out; `in_turn`: and so is all that comes after it. Says whether it was.
+    """
     others = run_id is not None and run_id != share.run_id
     parameters = {"account": share.run_id, "in_lane": share.lane, "most": limit}
     rows = conn.execute(_choose_query(others=others), {**parameters, "wanted_by": run_id} if others else parameters)
     chosen: dict[int, Any] = {}
     for row in rows:
         if row.batch_limit is not None and row.batch_limit <= begun + len(chosen):
+            if in_turn:
+                return chosen, True
             continue
         chosen[row.id] = row
         if row.batch_limit is not None:
             limit = min(limit, row.batch_limit - begun)
         if len(chosen) >= limit:
             break
-    return chosen
+    return chosen, False
 
 
 @cache
@@ -233,6 +245,7 @@ def _lease(
             losses=step.losses,
             parents=tuple(parents.get(step_id, ())),
             sources=tuple(sources.get(step_id, ())),
+            batch_limit=step.batch_limit,
         )
         for step_id, step in chosen.items()
     ]

@@ -68,7 +68,7 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
     batch_id = _record_batch(conn, batch) if batch is not None and valid else None
     settled = _settle_uploads(done, [(result.step_id, result.token) for result in failed])
     members = _members(conn, batch, batch_id) if batch is not None and batch_id is not None else []
-    sampled = _sampled(results, held) if batch is not None and batch_id is not None else {}
+    sampled = _sampled(results, held)
     used = [usage_insert(conn, batch.worker_id, sampled)] if batch is not None and sampled else []
     execute_all(conn, [*used, *members, *_finish(conn, done, batch_id), *settled])
     woken: Mapping[str, int] = {}
@@ -108,19 +108,12 @@ def _holds(held: Held, step_id: int, token: int) -> bool:
 
 
 def _sampled(results: Sequence[StepResult], held: Held) -> dict[int, float]:
-    """Run -> seconds that the device sampled on its account.
-
-    Rows of a batch are sampled side by side, so a batch takes as long as its longest row, and each of its n rows is
-    charged with an n-th.
-    """
-    sampled = [result for result in results if result.timings.get("sample")]
+    """Run -> seconds that the device sampled on its account."""
     seconds: dict[int, float] = {}
-    if sampled:
-        share = max(result.timings["sample"] for result in sampled) / len(sampled)
-        for result in sampled:
-            if _holds(held, result.step_id, result.token):
-                run_id = held[result.step_id][1]
-                seconds[run_id] = seconds.get(run_id, 0.0) + share
+    for result in results:
+        if result.timings.get("sample") and _holds(held, result.step_id, result.token):
+            run_id = held[result.step_id][1]
+            seconds[run_id] = seconds.get(run_id, 0.0) + result.timings["sample"]
     return seconds
 
 
@@ -136,6 +129,10 @@ def _lock_held(dialect: str) -> sa.Select[Any]:
 
 
 def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:
+    """The number of its row, whose `committed` is that of the last of its members."""
+    if batch.id is not None:
+        conn.execute(sa.update(t.batches).where(t.batches.c.id == batch.id).values(committed=now()))
+        return batch.id
     values = {
         "worker_id": batch.worker_id,
         "lane": batch.lane,

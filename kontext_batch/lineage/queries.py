@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from kontext_batch.hashing import ALGORITHM
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.sql import among, dialect_insert, now, seconds_between
+from kontext_batch.lineage.sql import among, dialect_insert, now
 from kontext_batch.lineage.submit import known_steps
 from kontext_batch.planning.plan import InstanceId
 from kontext_batch.planning.states import StepState
@@ -85,26 +85,21 @@ def _inputs_of(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[t
 
 
 def lane_seconds(conn: sa.Connection) -> dict[str, float]:
-    """A batch of n takes as long as it takes; each of its steps took an n-th of that."""
+    """What a step of the last batches took of the device or, where none sampled it, of the processor."""
     batches, attempts = t.batches.c, t.attempts.c
+    seconds = sa.func.coalesce(attempts.timings["sample"].as_float(), attempts.timings["operate"].as_float())
     ranked = sa.select(
         batches.id,
         batches.lane,
         sa.func.row_number().over(partition_by=batches.lane, order_by=batches.id.desc()).label("age"),
     ).subquery("ranked")
-    each = (
-        sa.select(
-            ranked.c.lane,
-            sa.func.count().label("steps"),
-            sa.func.max(seconds_between(attempts.started, attempts.ended)).label("seconds"),
-        )
+    means = (
+        sa.select(ranked.c.lane, sa.func.avg(seconds).label("mean"))
         .join(t.attempts, attempts.batch_id == ranked.c.id)
-        .where(ranked.c.age <= RECENT_BATCHES, attempts.outcome == "ok")
-        .group_by(ranked.c.lane, ranked.c.id)
-        .subquery("each")
+        .where(ranked.c.age <= RECENT_BATCHES, attempts.outcome == "ok", seconds.is_not(None))
+        .group_by(ranked.c.lane)
     )
-    means = sa.select(each.c.lane, (sa.func.sum(each.c.seconds) / sa.func.sum(each.c.steps)).label("mean"))
-    return {row.lane: float(row.mean) for row in conn.execute(means.group_by(each.c.lane))}
+    return {row.lane: float(row.mean) for row in conn.execute(means)}
 
 
 def inputs(conn: sa.Connection, uris: Iterable[str]) -> dict[str, InputRecord]:

@@ -38,6 +38,7 @@ from kontext_batch.ports import (
     BatchRow,
     CommitReport,
     ExportedInstance,
+    InHand,
     InputRecord,
     LeasedStep,
     ModelRow,
@@ -279,6 +280,7 @@ class SqlRepository:
         ranking: Ranking | None = None,
         run_id: int | None = None,
         capped: bool = False,
+        in_hand: InHand | None = None,
     ) -> Sequence[LeasedStep]:
         return self._db.write(
             claim.claim,
@@ -288,6 +290,7 @@ class SqlRepository:
             ranking=ranking,
             run_id=run_id,
             capped=capped,
+            in_hand=in_hand,
         )
 
     def waiting_lanes(self) -> Mapping[str, int]:

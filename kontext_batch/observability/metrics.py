@@ -21,11 +21,14 @@ BATCH_STEPS = Histogram(
     "kontext_batch_batch_steps", "Steps of a batch.", ["lane"], buckets=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 )
 BATCH_OCCUPANCY = Histogram(
-    "kontext_batch_batch_occupancy_ratio", "Steps of a batch over batch_rows.", ["lane"], buckets=_SHARES
+    "kontext_batch_batch_occupancy_ratio",
+    "Images that are in at a denoise step over batch_rows.",
+    ["lane"],
+    buckets=_SHARES,
 )
 PHASE_SECONDS = Histogram(
     "kontext_batch_phase_seconds",
-    "Seconds by phase: claim, compute and commit of a batch, the others of a step.",
+    "Seconds by phase: a claim, a denoise step (compute), a commit; the others of a step.",
     ["phase"],
     buckets=_SECONDS,
 )

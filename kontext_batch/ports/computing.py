@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from kontext_batch.errors import StepError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +44,58 @@ class MadePicture:
 
 
 OnStep = Callable[[int, int], None]
-"""Called after each denoise step with the steps done and the steps of the batch, over all its images."""
+"""Called after each denoise step with the steps done and the steps to do of the images that are in, all together."""
+
+
+Prepared = Any
+"""What an editor makes of a job before it is sampled, its pictures decoded and fitted; nobody else looks inside."""
+
+
+class SampledPicture(Protocol):
+    """A picture that has left a session and is no file yet."""
+
+    def encode(self) -> MadePicture:
+        """Make the files; in any thread."""
+        ...
+
+
+class EditSession(Protocol):
+    """Images of one lane that are sampled together; others join and leave between denoise steps.
+
+    It belongs to one thread. An `InfrastructureError` of any call concerns all that are in (`OutOfMemory`: they are too
+    many), and ends the session.
+    """
+
+    @property
+    def free(self) -> int:
+        """How many may be admitted now."""
+        ...
+
+    def admit(self, ticket: int, prepared: Prepared) -> None:
+        """Take part from the next step on. Raises `StepError`, and then it is not in."""
+        ...
+
+    def step(self) -> None:
+        """Move all that are in one denoise step on."""
+        ...
+
+    def retire(self) -> Sequence[tuple[int, SampledPicture | StepError]]:
+        """Let those that are finished leave: each ticket with its picture or with what is wrong with it."""
+        ...
 
 
 class Editor(Protocol):
-    """The engine as the services see it. One call is one batch of one lane."""
+    """The engine as the services see it, in the stages of an edit: `prepare`, a session, `SampledPicture.encode`."""
 
-    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
-        """One result for each job, in order: the picture, or the error that this job met.
+    def prepare(self, job: EditJob) -> Prepared:
+        """Decode and fit the pictures of a job; in any thread. Raises `StepError`."""
+        ...
 
-        A `StepError` is the job's own fault. What stops the whole batch is raised. `on_step(done, total)` is called
-        after each denoise step.
+    def session(self, params: Mapping[str, Any]) -> AbstractContextManager[EditSession]:
+        """A session of the lane that a step with these params is of; one at a time.
+
+        Entering it loads what the lane needs. Raises `StepError` or `InfrastructureError`, which concern every step of
+        the lane.
         """
         ...
 

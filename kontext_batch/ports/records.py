@@ -127,6 +127,15 @@ Ranking = Callable[[Sequence[Ready]], Sequence[Share]]
 
 
 @dataclass(frozen=True, slots=True)
+class InHand:
+    """What a worker is computing, which the steps that it claims are to join."""
+
+    lane: str
+    steps: int
+    """Leases that it holds, from the claim to the commit."""
+
+
+@dataclass(frozen=True, slots=True)
 class LeasedStep:
     """A step that this worker holds; all it writes is fenced by `token`."""
 
@@ -143,6 +152,8 @@ class LeasedStep:
     losses: int
     parents: tuple[ParentOutput, ...]
     sources: tuple[SourceInput, ...]
+    batch_limit: int | None = None
+    """Most steps that its worker may have in hand as long as this is one of them; None: any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +173,10 @@ class StepDone:
     token: int
     outputs: tuple[StepOutput, ...]
     timings: Mapping[str, float]
-    """Seconds by phase: `fetch`, `sample`, `decode`, `put`, ..."""
+    """Seconds by phase: `fetch`, `sample`, `decode`, `put`, ...
+
+    `sample` is what the device sampled for this step: of each denoise step an equal part for each row that was in.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +200,7 @@ StepResult = StepDone | StepFailed
 
 @dataclass(frozen=True, slots=True)
 class BatchMember:
-    """Which denoise steps of a batch a step took part in."""
+    """Which denoise steps of a batch a step took part in: those numbered `joined + 1` to `left`, of all its rows."""
 
     step_id: int
     joined: int
@@ -195,7 +209,7 @@ class BatchMember:
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """One batch as it was computed, for the lineage."""
+    """One batch as it was computed, for the lineage: steps of one lane that joined and left between denoise steps."""
 
     worker_id: str
     lane: str
@@ -204,6 +218,9 @@ class BatchRecord:
     numeric_mode: str
     libraries: Mapping[str, str]
     members: tuple[BatchMember, ...]
+    """Those that this commit adds."""
+    id: int | None = None
+    """Of the row that they are added to, as the commit of the first of them has told it; None: a new one."""
 
 
 @dataclass(frozen=True, slots=True)

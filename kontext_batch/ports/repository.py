@@ -16,6 +16,7 @@ from kontext_batch.ports.records import (
     AttemptRow,
     BatchRecord,
     CommitReport,
+    InHand,
     InputRecord,
     LeasedStep,
     NewRun,
@@ -319,6 +320,7 @@ class Repository(Protocol):
         ranking: Ranking | None = None,
         run_id: int | None = None,
         capped: bool = False,
+        in_hand: InHand | None = None,
     ) -> Sequence[LeasedStep]:
         """Lease up to `limit` ready steps of one lane, and open an attempt for each.
 
@@ -326,6 +328,9 @@ class Repository(Protocol):
         without a ranking the highest priority, then the oldest run comes first.
         `run_id`: only steps that this run wants. `capped`: the ranking keeps to caps, so no two claims may rank at
         once. A step with `batch_limit = 1` is claimed alone. Returns nothing when nothing is ready.
+
+        `in_hand`: nothing either, when another lane's turn has come or when a step's turn has come whose batch limit
+        leaves no room beside what is in hand; it waits for that to leave.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""One batch: fetch what the steps read, compute, put, commit.
+"""What is done with one step or with several: fetch what it reads, operate, put what it made, commit.
 
 Every fault finds its home here (DESIGN.md 6): a picture that does not decode fails its step; a store that does not
-answer puts the step back for later; the rest of the batch goes on.
+answer puts the step back for later; the others go on. Steps that a model samples go through `services.pipeline`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
@@ -27,6 +27,7 @@ from kontext_batch.errors import (
 )
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.observability import metrics
+from kontext_batch.observability.logs import about_batch
 from kontext_batch.planning.backoff import doubling_delay
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
@@ -40,9 +41,9 @@ from kontext_batch.ports import (
     LoadedPicture,
     MadePicture,
     ObjectStore,
-    OnStep,
     Operations,
     ParentOutput,
+    Prepared,
     Repository,
     SourceInput,
     StepDone,
@@ -73,8 +74,30 @@ def retry_delay(attempt: int, *, spread: Callable[[], float] = random.random) ->
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """A step whose pictures are in memory."""
+
+    step: LeasedStep
+    job: EditJob
+    prepared: Prepared
+    """What the editor samples; None of a picture operation."""
+    seconds: float
+    """That fetching and preparing took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step whose picture is made and is not yet in the store."""
+
+    step: LeasedStep
+    picture: MadePicture
+    files: Mapping[str, tuple[Artifact, bytes]]
+    """By slot."""
+
+
+@dataclass(frozen=True, slots=True)
 class Executor:
-    """Runs leased steps. It holds no state: two threads may share one."""
+    """It holds no state: threads may share one."""
 
     worker_id: str
     repository: Repository
@@ -85,36 +108,108 @@ class Executor:
     max_input_bytes: int
     pause: Callable[[float], None] = time.sleep
 
-    def run(self, steps: Sequence[LeasedStep], *, on_step: OnStep | None = None) -> CommitReport:
-        """Compute and commit a batch of one lane."""
-        assert len({step.lane for step in steps}) == 1, "a batch is of one lane"
+    def operate(self, steps: Sequence[LeasedStep]) -> CommitReport:
+        """Compute and commit picture operations."""
         results: list[StepResult] = []
-        loaded: list[tuple[LeasedStep, EditJob, float]] = []
+        finished: list[Finished] = []
         for step in steps:
-            started = time.perf_counter()
-            try:
-                pictures = tuple(self._fetch(step))
-            except (StepError, InfrastructureError, ObjectNotFound, ObjectChanged, NotAllowed) as error:
-                results.append(failure(step, error))
+            loaded = self.load(step)
+            made = loaded if isinstance(loaded, StepFailed) else self._operated(loaded)
+            if isinstance(made, StepFailed):
+                results.append(made)
             else:
-                seconds = time.perf_counter() - started
-                loaded.append((step, EditJob(params=step.params, pictures=pictures), seconds))
+                finished.append(made)
+        self.announce(finished)
+        results.extend(self.put(each) for each in finished)
+        members = tuple(BatchMember(step.id, 0, 1) for step in steps)
+        return self.commit(replace(self.record(steps[0]), members=members), steps[0].lane, results)
 
-        made = self._compute(steps[0].lane, loaded, on_step)
-        done: list[tuple[LeasedStep, MadePicture, float]] = []
-        for (step, _, fetched), picture in zip(loaded, made, strict=True):
-            if isinstance(picture, OutOfMemory) and len(loaded) > 1:
-                results.append(halved(step, picture, len(loaded)))
-            elif isinstance(picture, Exception):
-                results.append(failure(step, picture))
-            else:
-                done.append((step, picture, fetched))
-        results.extend(self._put(done))
-        record = self._record(steps)
+    def load(self, step: LeasedStep) -> Loaded | StepFailed:
+        """Fetch what the step reads and, where a model samples it, decode and fit it."""
+        started = time.perf_counter()
+        try:
+            job = EditJob(params=step.params, pictures=tuple(self._fetch(step)))
+            prepared = None if step.lane == OPERATIONS_LANE else self.editor.prepare(job)
+        except (StepError, InfrastructureError, ObjectNotFound, ObjectChanged, NotAllowed) as error:
+            return failure(step, error)
+        return Loaded(step, job, prepared, time.perf_counter() - started)
+
+    def _operated(self, loaded: Loaded) -> Finished | StepFailed:
+        step, started = loaded.step, time.perf_counter()
+        try:
+            made = self.operations.run(step.operation, loaded.job.params, loaded.job.pictures)
+        except (StepError, InfrastructureError) as error:
+            return failure(step, error)
+        timings = {**made.timings, "operate": time.perf_counter() - started, "fetch": loaded.seconds}
+        return self.finished(step, replace(made, timings=timings))
+
+    def finished(self, step: LeasedStep, picture: MadePicture) -> Finished:
+        """What is to be put of a picture, under which names."""
+        files = {"image": self._as_artifact(picture.data, picture.media_type, picture)}
+        if picture.latents is not None:
+            files["latents"] = self._as_artifact(picture.latents, "application/octet-stream", picture)
+        return Finished(step, picture, files)
+
+    def announce(self, finished: Sequence[Finished]) -> None:
+        """Before the puts: no object may exist that the database does not know."""
+        uploads = [
+            (artifact.uri, each.step.id, each.step.token) for each in finished for artifact, _ in each.files.values()
+        ]
+        if uploads:
+            self._patiently(lambda: self.repository.intend_uploads(uploads))
+
+    def put(self, finished: Finished) -> StepResult:
+        """Put what was announced. Raises what the next step would meet too, however often it were computed."""
+        step, started = finished.step, time.perf_counter()
+        try:
+            for artifact, data in finished.files.values():
+                self._put(artifact, data)
+        except (StorageFull, StorageReadOnly, NotAllowed):
+            raise
+        except InfrastructureError as error:
+            return failure(step, error)
+        timings = {**finished.picture.timings, "put": time.perf_counter() - started}
+        outputs = tuple(StepOutput(slot, artifact) for slot, (artifact, _) in finished.files.items())
+        return StepDone(step.id, step.token, outputs, timings)
+
+    def _put(self, artifact: Artifact, data: bytes) -> None:
+        self._patiently(lambda: self.store.write_if_absent(artifact.uri, data, media_type=artifact.media_type))
+
+    def commit(self, record: BatchRecord | None, lane: str, results: Sequence[StepResult]) -> CommitReport:
+        """Write down results of a lane, and count them."""
         with metrics.timed("commit"):
             report = self._patiently(lambda: self.repository.commit(record, results))
-        measure(steps[0].lane, results, report)
+        measure(lane, results, report)
         return report
+
+    def record(self, step: LeasedStep) -> BatchRecord:
+        """The batch that this step is, or begins, as yet without members."""
+        about: Mapping[str, Any] = {} if step.lane == OPERATIONS_LANE else self.editor.describe()
+        return BatchRecord(
+            worker_id=self.worker_id,
+            lane=step.lane,
+            device=str(about.get("device", "cpu")),
+            model_sha256=step.params.get("model_sha256"),
+            numeric_mode=str(step.params.get("numeric_mode", "exact")),
+            libraries={name: str(version) for name, version in about.get("libraries", {}).items()},
+            members=(),
+        )
+
+    def give_back(self, steps: Sequence[LeasedStep]) -> None:
+        """Unused, and no attempt counted."""
+        self.repository.release(sorted((step.id, step.token) for step in steps))
+        metrics.STEPS.labels(steps[0].lane, "released").inc(len(steps))
+        with self.about(steps):
+            log.info("steps given back")
+
+    def about(self, steps: Sequence[LeasedStep]) -> AbstractContextManager[None]:
+        """Within, log lines are about these steps of a lane."""
+        return about_batch(
+            worker=self.worker_id,
+            lane=steps[0].lane,
+            steps=[step.id for step in steps],
+            runs=[step.run_id for step in steps],
+        )
 
     def _patiently(self, work: Callable[[], T]) -> T:
         """What is computed is not computed again for want of a short outage's patience; a commit may be repeated."""
@@ -152,76 +247,10 @@ class Executor:
     def _artifact(self, artifact: Artifact) -> bytes:
         return read_artifact(self.repository, self.store, artifact)
 
-    def _compute(
-        self, lane: str, loaded: Sequence[tuple[LeasedStep, EditJob, float]], on_step: OnStep | None
-    ) -> Sequence[MadePicture | Exception]:
-        """A result or an error for each step; what stops the whole batch stands for each of them."""
-        if not loaded:
-            return []
-        if lane == OPERATIONS_LANE:
-            return [self._operate(step, job) for step, job, _ in loaded]
-        try:
-            with metrics.ACTIVITY.computing(), metrics.timed("compute"):
-                return self.editor.edit([job for _, job, _ in loaded], on_step=on_step)
-        except (StepError, InfrastructureError) as error:
-            return [error] * len(loaded)
-
-    def _operate(self, step: LeasedStep, job: EditJob) -> MadePicture | Exception:
-        started = time.perf_counter()
-        try:
-            made = self.operations.run(step.operation, job.params, job.pictures)
-        except (StepError, InfrastructureError) as error:
-            return error
-        timings = {**made.timings, "operate": time.perf_counter() - started}
-        return MadePicture(made.data, made.media_type, made.width, made.height, timings, made.latents)
-
-    def _put(self, done: Sequence[tuple[LeasedStep, MadePicture, float]]) -> list[StepResult]:
-        """Announce the uploads, then put them: no object may exist that the database does not know."""
-        planned: list[tuple[LeasedStep, MadePicture, float, dict[str, tuple[Artifact, bytes]]]] = []
-        for step, picture, fetched in done:
-            files = {"image": self._as_artifact(picture.data, picture.media_type, picture)}
-            if picture.latents is not None:
-                files["latents"] = self._as_artifact(picture.latents, "application/octet-stream", picture)
-            planned.append((step, picture, fetched, files))
-        if planned:
-            announced = [
-                (artifact.uri, step.id, step.token) for step, _, _, files in planned for artifact, _ in files.values()
-            ]
-            self._patiently(lambda: self.repository.intend_uploads(announced))
-        results: list[StepResult] = []
-        for step, picture, fetched, files in planned:
-            started = time.perf_counter()
-            try:
-                for artifact, data in files.values():
-                    put = partial(self.store.write_if_absent, artifact.uri, data, media_type=artifact.media_type)
-                    self._patiently(put)
-            except (StorageFull, StorageReadOnly, NotAllowed):
-                raise  # the next one would meet the same, however often it were computed: the worker stops
-            except InfrastructureError as error:
-                results.append(failure(step, error))
-                continue
-            timings = {**picture.timings, "fetch": fetched, "put": time.perf_counter() - started}
-            outputs = tuple(StepOutput(slot, artifact) for slot, (artifact, _) in files.items())
-            results.append(StepDone(step.id, step.token, outputs, timings))
-        return results
-
     def _as_artifact(self, data: bytes, media_type: str, picture: MadePicture) -> tuple[Artifact, bytes]:
         sha256 = sha256_hex(data)
         uri = self.artifact_uri(sha256, media_type)
         return Artifact(sha256, uri, media_type, len(data), picture.width, picture.height), data
-
-    def _record(self, steps: Sequence[LeasedStep]) -> BatchRecord:
-        params, lane = steps[0].params, steps[0].lane
-        about: Mapping[str, Any] = {} if lane == OPERATIONS_LANE else self.editor.describe()
-        return BatchRecord(
-            worker_id=self.worker_id,
-            lane=lane,
-            device=str(about.get("device", "cpu")),
-            model_sha256=params.get("model_sha256"),
-            numeric_mode=str(params.get("numeric_mode", "exact")),
-            libraries={name: str(version) for name, version in about.get("libraries", {}).items()},
-            members=tuple(BatchMember(step.id, 0, int(step.params.get("steps", 1))) for step in steps),
-        )
 
 
 def halved(step: LeasedStep, error: OutOfMemory, rows: int) -> StepFailed:

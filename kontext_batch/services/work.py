@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,12 +17,12 @@ import structlog
 from kontext_batch.errors import InfrastructureError, NotAllowed, StorageFull, StorageReadOnly
 from kontext_batch.observability import metrics
 from kontext_batch.observability.health import Pulse
-from kontext_batch.observability.logs import about_batch
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import (
     CommitReport,
     ContentFilter,
+    InHand,
     LeasedStep,
     ObjectStore,
     OnStep,
@@ -36,8 +36,12 @@ from kontext_batch.ports import (
 )
 from kontext_batch.services.deliver import AT_ONCE, deliver_pending
 from kontext_batch.services.execute import Executor
+from kontext_batch.services.hand import Hand
+from kontext_batch.services.leases import ORDERS_SECONDS, Heartbeat, Leases
 from kontext_batch.services.limits import Limits, enforce
 from kontext_batch.services.maintain import collect_garbage, reconcile
+from kontext_batch.services.pipeline import Pipeline
+from kontext_batch.services.sample import Sampler
 from kontext_batch.services.turns import Turns
 
 log = structlog.get_logger(__name__)
@@ -46,59 +50,12 @@ LOOK_SECONDS = 1.0
 """Between two looks at how a run stands: it takes some 40 ms at 100,000 steps (benchmarks/control_plane.py)."""
 IDLE_SECONDS = 0.5
 """Pause when nothing is ready but another worker still holds what this run waits for."""
-TURN_SECONDS = 20.0
-"""How long a worker goes on after one ring; then it rings for the rest, and Celery sees that it is alive."""
+TURN_SECONDS = 600.0
+"""How long a worker goes on after one ring; then it finishes what it has in hand, rings for the rest, and Celery sees
+that it is alive. Slots idle meanwhile, so it is long; but RabbitMQ lets a ring wait half an hour for its worker."""
 RETRY_SECONDS = 1.0
 FULL_SECONDS = 60.0
 """Pause of a worker whose results the store does not take."""
-ORDERS_SECONDS = 3.0
-"""Between two looks at what this worker is told: how long a cancelled batch, at most, goes on."""
-
-
-class Stopped(Exception):
-    """The worker was told to stop in the middle of a batch, or nobody wants the batch any more."""
-
-
-class Heartbeat:
-    """Extends the worker's leases, and asks what it is told, from a thread that does not wait for the device."""
-
-    def __init__(
-        self,
-        repository: Repository,
-        worker_id: str,
-        lease_seconds: float,
-        on_orders: Callable[[Orders], None] | None = None,
-        *,
-        held: Callable[[], Collection[tuple[int, int]]],
-        orders_seconds: float = ORDERS_SECONDS,
-    ) -> None:
-        """`held`: the (step id, token) leases that the worker knows of at a moment."""
-        self._repository, self._worker_id, self._lease, self._held = repository, worker_id, lease_seconds, held
-        self._on_orders = on_orders
-        self._every = lease_seconds / 3 if on_orders is None else min(lease_seconds / 3, orders_seconds)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        extend_at = time.monotonic() + self._lease / 3
-        while not self._stop.wait(self._every):
-            try:
-                if time.monotonic() >= extend_at - self._every / 2:
-                    self._repository.extend_leases(self._worker_id, self._lease, self._held())
-                    extend_at = time.monotonic() + self._lease / 3
-                if self._on_orders is not None:
-                    self._on_orders(self._repository.orders(self._worker_id))
-            except Exception:  # the next beat may succeed; without one the leases run out, which is safe
-                metrics.HEARTBEATS_FAILED.inc()
-                log.exception("heartbeat failed", worker=self._worker_id)
 
 
 @dataclass(slots=True)
@@ -138,8 +95,10 @@ class Worker:
     _telling: threading.Lock = field(default_factory=threading.Lock)
     on_drain: Callable[[], None] | None = None
     """Called when it is told to drain, from the heartbeat's thread."""
-    held: frozenset[tuple[int, int]] = frozenset()
-    """(step id, token) of the batch in flight, until it is committed or given back: what the heartbeat extends."""
+    leases: Leases = field(default_factory=Leases)
+    """What it has in hand: what the heartbeat extends."""
+    reconciles: bool = False
+    """Whether it returns what workers held that are gone: there may be no beat that does."""
     owed: int = 0
     """Deliveries that this worker's commits have made possible since it last looked for some."""
 
@@ -171,6 +130,7 @@ class Worker:
                 yield
         finally:
             self.repository.retire_worker(self.info.id)
+            self.leases.drop(self.leases.held())
 
     def run_until_done(
         self,
@@ -210,20 +170,18 @@ class Worker:
 
     def serve(self) -> None:
         """Work on every running run until told to end, looking for work all the time: there is nobody to ring."""
+        self.reconciles = True
         with self.registered():
             while not self.ending:
-                if not self.turn_through_outages(reconciling=True):
+                if not self.turn_through_outages():
                     self.draining.wait(IDLE_SECONDS)
 
-    def turn_through_outages(self, *, reconciling: bool = False) -> bool:
+    def turn_through_outages(self) -> bool:
         """`turn`; an outage breaks it off and no more, and what it held is given back.
 
         Anything else that is raised is no outage: the process had better end, so that its leases are counted as lost.
-        `reconciling`: first return what workers held that are gone, where there may be no beat that does.
         """
         try:
-            if reconciling:
-                reconcile(self.repository)
             return self.turn()
         except (StorageFull, StorageReadOnly, NotAllowed) as error:
             # The same would be computed again, and have nowhere to go.
@@ -241,7 +199,7 @@ class Worker:
         while not self.stopping.is_set():
             try:
                 self.repository.release_all(self.info.id)
-                self.held = frozenset()
+                self.leases.drop(self.leases.held())
                 return
             except InfrastructureError as error:
                 log.warning("leases could not be given back yet", error=str(error))
@@ -256,7 +214,7 @@ class Worker:
         found, again, look_again = False, True, 0.0
         with self.pulse.working():
             while again and not self.ending:
-                again = self.work_once(ring=not found)
+                again = self.work_once(ring=not found, until=end)
                 # A look for deliveries costs as much as a step or two, so that it waits until there are many.
                 if not again or self.owed >= AT_ONCE or time.monotonic() >= look_again:
                     again = self.deliver() > 0 or again
@@ -271,6 +229,8 @@ class Worker:
 
     def _look(self) -> bool:
         """What is due each second or so, and not with each batch; says whether a run is held back no more."""
+        if self.reconciles:
+            reconcile(self.repository)
         self.repository.finish_runs()
         enforce(self.repository, self.limits)
         if self.backlog_limit is None or not self.has_device:
@@ -297,81 +257,100 @@ class Worker:
             on_delivery=self.pulse.beat,
         )
 
-    def work_once(self, *, run_id: int | None = None, on_step: OnStep | None = None, ring: bool = False) -> bool:
-        """Claim and execute one batch; False when nothing is ready, or nothing may be taken any more.
+    def work_once(
+        self, *, run_id: int | None = None, on_step: OnStep | None = None, ring: bool = False, until: float = math.inf
+    ) -> bool:
+        """Claim steps, and work on their lane as long as it has its turn; False when nothing was ready, or it was told
+        to stop.
 
-        `ring`: wake another worker when the batch is full.
+        `ring`: wake another worker when there is more than this one can take. `until`: by the monotonic clock, when to
+        claim no more.
         """
         if self.orders.drain:
             return False
         if self.has_device:
             metrics.ACTIVITY.begin()
         self.pulse.beat()
+        steps = self._claim(self.batch_rows, run_id)
+        if not steps:
+            return False
+        if ring and len(steps) == self.batch_rows:
+            self.wake_ups.wake({steps[0].lane: 1})
+        if steps[0].lane == OPERATIONS_LANE:
+            self._operate(steps)
+            return True
+        return self._edit(steps, run_id=run_id, on_step=on_step, until=until)
+
+    def _claim(self, limit: int, run_id: int | None, in_hand: InHand | None = None) -> Sequence[LeasedStep]:
         started = time.perf_counter()
         steps = self.repository.claim(
             self.info.id,
-            limit=self.batch_rows,
+            limit=limit,
             lease_seconds=self.lease_seconds,
             ranking=self._rank,
             run_id=run_id,
             capped=self.turns.capped,
+            in_hand=in_hand,
         )
-        if not steps:
-            return False
-        self.held = frozenset((step.id, step.token) for step in steps)
-        metrics.PHASE_SECONDS.labels("claim").observe(time.perf_counter() - started)
-        worked = self._work_on(steps, ring=ring, on_step=on_step)
-        self.held = frozenset()
-        return worked
+        if steps:
+            self.leases.add(steps)
+            self.turns.took(steps)
+            metrics.PHASE_SECONDS.labels("claim").observe(time.perf_counter() - started)
+        return steps
 
-    def _work_on(self, steps: Sequence[LeasedStep], *, ring: bool, on_step: OnStep | None) -> bool:
-        metrics.BATCH_STEPS.labels(steps[0].lane).observe(len(steps))
-        metrics.BATCH_OCCUPANCY.labels(steps[0].lane).observe(len(steps) / self.batch_rows)
-        self.turns.took(steps)
-        if ring and len(steps) == self.batch_rows:
-            self.wake_ups.wake({steps[0].lane: 1})
-        with about_batch(
-            worker=self.info.id,
-            lane=steps[0].lane,
-            steps=[step.id for step in steps],
-            runs=[step.run_id for step in steps],
-        ):
-            return self._execute(steps, on_step)
+    def _operate(self, steps: Sequence[LeasedStep]) -> None:
+        metrics.BATCH_STEPS.labels(OPERATIONS_LANE).observe(len(steps))
+        metrics.BATCH_OCCUPANCY.labels(OPERATIONS_LANE).observe(len(steps) / self.batch_rows)
+        with self.executor.about(steps):
+            try:
+                report = self.executor.operate(steps)
+            except (StorageFull, StorageReadOnly, NotAllowed):
+                self.executor.give_back(steps)  # not their fault: they wait until there is room, or another place
+                self.leases.drop(steps)
+                raise
+            self.leases.drop(steps)
+            self._committed(report, self.batch_rows)
 
-    def _execute(self, steps: Sequence[LeasedStep], on_step: OnStep | None) -> bool:
-        """False when it was stopped and the steps were given back."""
+    def _edit(self, steps: Sequence[LeasedStep], *, run_id: int | None, on_step: OnStep | None, until: float) -> bool:
+        """The lane of these steps, until it has nothing more, its turn is over, or the worker is to end."""
+        hand = Hand(self.leases, self.batch_rows, self.stopping)
 
-        def on_row_step(done: int, total: int) -> None:
+        def claim(room: int, in_hand: InHand) -> Sequence[LeasedStep]:
+            return [] if self.ending or time.monotonic() >= until else self._claim(room, run_id, in_hand)
+
+        def stepped(done: int, total: int) -> None:
             self.pulse.beat()
             if on_step is not None:
                 on_step(done, total)
-            if self.stopping.is_set() or self.orders.unwanted >= self.held:
-                raise Stopped
 
-        try:
-            report = self.executor.run(steps, on_step=on_row_step)
-        except Stopped:
-            self._release(steps)
-            log.info("batch given back")
-            return not self.stopping.is_set()
-        except (StorageFull, StorageReadOnly, NotAllowed):
-            self._release(steps)  # not their fault: they wait until there is room, or another place
-            raise
-        if report.fenced:
-            log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
-        self._ring_others(report)
-        log.info("batch committed", batch=report.batch_id, committed=len(report.committed))
-        return True
+        def look() -> None:
+            self._look()
+            self.deliver(run_id=run_id)
+
+        return Pipeline(
+            executor=self.executor,
+            hand=hand,
+            sampler=Sampler(self.executor, hand, stepped, unwanted=lambda: self.orders.unwanted),
+            claim=claim,
+            committed=self._committed,
+            meanwhile=look,
+            look_seconds=LOOK_SECONDS,
+        ).run(steps)
 
     def _rank(self, ready: Sequence[Ready]) -> Sequence[Share]:
         if self.admit is not None:
             self.admit({each.source for each in ready})
         return self.turns(ready)
 
-    def _ring_others(self, report: CommitReport) -> None:
-        """For what became ready and this worker does not take next."""
+    def _committed(self, report: CommitReport, room: int) -> None:
+        """Ring for what became ready and this worker does not take next: of its lane so many more."""
+        self.pulse.beat()
+        if report.fenced:
+            log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
+        log.info("batch committed", batch=report.batch_id, committed=len(report.committed))
+        taken = {lane: room if lane == self.turns.lane else self.batch_rows for lane in report.woken}
         lanes = {
-            lane: count - self.batch_rows if self.turns.serves(lane) else count for lane, count in report.woken.items()
+            lane: count - taken[lane] if self.turns.serves(lane) else count for lane, count in report.woken.items()
         }
         self.owed += report.deliverable
         if report.deliverable and not self.turns.serves(OPERATIONS_LANE):
@@ -392,10 +371,6 @@ class Worker:
             self.info.id,
             self.lease_seconds,
             obey,
-            held=lambda: self.held,
+            held=self.leases.pairs,
             orders_seconds=self.orders_seconds,
         )
-
-    def _release(self, steps: Sequence[LeasedStep]) -> None:
-        self.repository.release(sorted(self.held))
-        metrics.STEPS.labels(steps[0].lane, "released").inc(len(steps))

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,23 @@ from PIL import Image
 from kontext_batch.errors import OutOfMemory
 from kontext_batch.hashing import canonical_json, sha256_hex
 from kontext_batch.operations.pictures import encode_png
-from kontext_batch.ports import EditJob, MadePicture, OnStep
+from kontext_batch.ports import EditJob, MadePicture
+from tests.stepping import SteppingEditor
 
 ROW_SECONDS_VARIABLE = "KONTEXT_TOY_ROW_SECONDS"
 CLOCK_VARIABLE = "KONTEXT_TOY_CLOCK_OFFSET"
 
 
-@dataclass(slots=True)
-class ToyEngine:
+@dataclass
+class ToyEngine(SteppingEditor):
     """Stands in for `editor.EngineEditor`. The same step gives the same picture, as with a seed."""
 
-    models: Mapping[str, Path]
-    adapters: Mapping[str, Path]
+    models: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     device: str = "cpu"
-    max_rows: int = 8
     max_pixels: int = 0
 
-    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
+    def stepping(self, jobs: Sequence[EditJob]) -> None:
         prompts = [str(job.params["prompt"]) for job in jobs]
         if any("poison" in prompt for prompt in prompts):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -43,23 +43,18 @@ class ToyEngine:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if len(jobs) > 2 and any("huge" in prompt for prompt in prompts):
             raise OutOfMemory(f"the toy device ran out of memory with {len(jobs)} images")
-        steps = max(int(job.params["steps"]) for job in jobs)
-        for done in range(1, steps + 1):
-            time.sleep(float(os.environ.get(ROW_SECONDS_VARIABLE, "0.01")) * len(jobs) / steps)
-            if on_step is not None:
-                on_step(done, steps)
-        return [_picture(job) for job in jobs]
+        row_seconds = float(os.environ.get(ROW_SECONDS_VARIABLE, "0.01"))
+        time.sleep(sum(row_seconds / int(job.params["steps"]) for job in jobs))
+
+    def make(self, job: EditJob) -> MadePicture:
+        said = canonical_json(dict(job.params)).encode()
+        colour = bytes.fromhex(sha256_hex(said + b"".join(each.data for each in job.pictures)))
+        size = (int(job.params["target"]["width"]), int(job.params["target"]["height"]))
+        image = Image.new("RGB", size, (colour[0], colour[1], colour[2]))
+        return MadePicture(encode_png(image), "image/png", *size, latents=colour)
 
     def describe(self) -> Mapping[str, Any]:
         return {"device": self.device, "libraries": {"toy": "1"}}
-
-
-def _picture(job: EditJob) -> MadePicture:
-    said = canonical_json(dict(job.params)).encode()
-    colour = bytes.fromhex(sha256_hex(said + b"".join(each.data for each in job.pictures)))
-    size = (int(job.params["target"]["width"]), int(job.params["target"]["height"]))
-    image = Image.new("RGB", size, (colour[0], colour[1], colour[2]))
-    return MadePicture(encode_png(image), "image/png", *size, latents=colour)
 
 
 def move_clock() -> None:

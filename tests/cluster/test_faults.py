@@ -105,7 +105,7 @@ def test_a_picture_that_ends_its_process_is_quarantined_and_its_batch_mates_are_
 
 
 def test_a_batch_that_is_too_big_for_the_device_is_done_by_halves(cluster: Cluster) -> None:
-    worker = cluster.toy_worker()
+    worker = cluster.toy_worker(KONTEXT_TOY_ROW_SECONDS="1")  # so that all are in before the first leaves
     run_id = cluster.submit(place="huge")
     cluster.wait_until_done(run_id, worker)
     assert cluster.ask(lambda repository: repository.run(run_id)).state is RunState.DONE

@@ -58,14 +58,14 @@ def fail(repository: SqlRepository, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- limits
 
 
-def test_a_batch_charges_each_of_its_steps_with_its_share(repository: SqlRepository) -> None:
+def test_each_step_is_charged_with_what_was_sampled_for_it(repository: SqlRepository) -> None:
     first = submit(repository, make_plan({"a": [], "b": [], "c": []}))
     second = submit(repository, make_plan({"d": []}))
     steps = claim(repository)
     assert [step.run_id for step in steps] == [first] * 3 + [second]
     seconds = dict(zip([step.id for step in steps], (8.0, 6.0, 7.0, 5.0), strict=True))
     repository.commit(record(steps), [sampled(step, seconds[step.id]) for step in steps])
-    assert [repository.run(run_id).gpu_seconds for run_id in (first, second)] == [6.0, 2.0]
+    assert [repository.run(run_id).gpu_seconds for run_id in (first, second)] == [21.0, 5.0]
 
 
 def test_every_worker_adds_to_what_a_run_has_used_and_a_fenced_one_does_not(repository: SqlRepository) -> None:

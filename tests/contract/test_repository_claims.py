@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +16,7 @@ from kontext_batch.lineage.claim import SILENT_SECONDS
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.lineage.sql import now_plus
 from kontext_batch.planning.states import StepState
-from kontext_batch.ports import LeasedStep, Ready, Share
+from kontext_batch.ports import InHand, LeasedStep, Ready, Share, StepFailed
 from kontext_batch.services.turns import Turns
 from tests.contract.plans import (
     LANE,
@@ -371,3 +372,34 @@ def test_a_run_is_held_back_by_its_own_backlog_unless_another_needs_its_steps(re
     held = Turns(lanes=lambda lane: lane != "operations", backlogged=frozenset(repository.backlogged_runs(2)))
     assert {step.run_id for step in claim(repository, ranking=held)} >= {first, alone}
     assert list(repository.backlogged_runs(2)) == [first], "nobody waits for it any more: it is leased"
+
+
+# -------------------------------------------------------------------------------------- beside what is in hand
+
+
+def limited(step: LeasedStep, batch_limit: int) -> StepFailed:
+    return replace(failed(step, retry_in=0.0), batch_limit=batch_limit)
+
+
+def test_steps_join_what_is_in_hand_until_another_lane_has_its_turn(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": [], "c": []}, lanes={"c": "operations"}))
+    [a] = claim(repository, limit=1)
+    [b] = claim(repository, in_hand=InHand(LANE, 1))
+    assert [a.lane, b.lane] == [LANE, LANE]
+    assert claim(repository, in_hand=InHand(LANE, 2)) == []
+    assert names(claim(repository)) == ["c"]
+
+
+def test_a_step_with_a_batch_limit_waits_in_its_turn_for_room(repository: SqlRepository) -> None:
+    submit(repository, make_plan({name: [] for name in "abcd"}))
+    [a, b] = claim(repository, limit=2)
+    repository.commit(None, [limited(a, 1), limited(b, 2)])
+    for in_hand in (InHand(LANE, 2), InHand(LANE, 1)):
+        assert claim(repository, in_hand=in_hand) == [], "what comes after it waits as well"
+    [alone] = claim(repository)
+    assert (alone.id, alone.batch_limit) == (a.id, 1)
+    repository.commit(None, [done(alone)])
+    assert claim(repository, in_hand=InHand(LANE, 2)) == []
+    beside = claim(repository, in_hand=InHand(LANE, 1))
+    assert [(step.id, step.batch_limit) for step in beside] == [(b.id, 2)]
+    assert names(claim(repository, in_hand=InHand(LANE, 2))) == ["c", "d"]

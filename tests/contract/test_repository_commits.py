@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sqlalchemy as sa
 
@@ -191,6 +193,21 @@ def test_steps_with_equal_bytes_share_an_artifact(repository: SqlRepository, eng
     repository.commit(None, [done(one), StepDone(two.id, two.token, shared, {})])
     assert list(repository.artifact_uris()) == [artifact_of(one).uri]
     assert {state for *_, state in uploads(engine)} == {"committed"}
+
+
+def test_commits_of_one_batch_add_their_members_to_it(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": [], "b": [], "c": ["a"]}))
+    one, two = claim(repository)
+    first = repository.commit(batch(one), [done(one)])
+    [three] = claim(repository)
+    assert first.batch_id is not None
+    for step, joined, left in ((three, 28, 78), (two, 1, 29)):
+        added = replace(batch(), members=(BatchMember(step.id, joined, left),), id=first.batch_id)
+        assert repository.commit(added, [done(step)]).batch_id == first.batch_id
+    found = repository.batch(first.batch_id)
+    told = {each.step_id: (each.joined, each.left, each.outcome) for each in found.members}
+    assert told == {one.id: (0, 28, "ok"), two.id: (1, 29, "ok"), three.id: (28, 78, "ok")}
+    assert not repository.verify()
 
 
 def test_an_error_of_any_bytes_is_stored(repository: SqlRepository) -> None:

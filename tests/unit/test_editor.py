@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load
 
 from kontext_batch.editor import EngineEditor, check_model, convert_model, count_tokens, numeric_mode, read_model
-from kontext_batch.errors import SettingsError, StepError
+from kontext_batch.errors import OutOfMemory, SettingsError, StepError
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
 
 CASE = Path(__file__).parents[1] / "data" / "reference" / "case-1" / "model"
@@ -70,6 +73,22 @@ def job(**changes: Any) -> EditJob:
 def made(result: MadePicture | Exception) -> MadePicture:
     assert isinstance(result, MadePicture), result
     return result
+
+
+def edit(editor: EngineEditor, jobs: Sequence[EditJob]) -> list[MadePicture | StepError]:
+    """One result for each job, in order."""
+    results: dict[int, MadePicture | StepError] = {}
+    with editor.session(jobs[0].params) as session:
+        for number, each in enumerate(jobs):
+            try:
+                session.admit(number, editor.prepare(each))
+            except StepError as error:
+                results[number] = error
+        while len(results) < len(jobs):
+            session.step()
+            for number, left in session.retire():
+                results[number] = left if isinstance(left, StepError) else left.encode()
+    return [results[number] for number in range(len(jobs))]
 
 
 def test_facts_of_a_model(model: Path) -> None:
@@ -128,10 +147,10 @@ def test_canvases_are_padded_or_cropped_never_stretched(editor: EngineEditor) ->
 
 def test_a_batch_of_jobs_equals_them_alone_and_errors_stay_with_their_job(editor: EngineEditor) -> None:
     jobs = [job(), job(seed=8), job(pictures=(LoadedPicture("image", 0, b"no picture"),))]
-    first, second, broken = editor.edit(jobs)
+    first, second, broken = edit(editor, jobs)
     assert isinstance(broken, StepError)
     assert "image" in str(broken)
-    alone = made(editor.edit([job(seed=8)])[0])
+    alone = made(edit(editor, [job(seed=8)])[0])
     difference = np.abs(pixels(made(second).data) - pixels(alone.data))
     assert difference.max() <= 1
     assert made(first).data != made(second).data
@@ -142,25 +161,63 @@ def pixels(data: bytes) -> np.ndarray[Any, np.dtype[np.int16]]:
 
 
 def test_latents_are_handed_on_undecoded(editor: EngineEditor) -> None:
-    first = made(editor.edit([job()])[0])
+    first = made(edit(editor, [job()])[0])
     assert first.latents is not None
     through = LoadedPicture("image", 0, first.data, first.latents)
-    by_latents = made(editor.edit([job(seed=9, pictures=(through,))])[0])
+    by_latents = made(edit(editor, [job(seed=9, pictures=(through,))])[0])
     by_pixels = made(
-        editor.edit(
+        edit(
+            editor,
             [
                 job(
                     seed=9,
                     pictures=(replace(through, latents=None),),
                     canvas={**job().params["canvas"], "box": {"x": 0, "y": 0, "width": 64, "height": 64}},
                 )
-            ]
+            ],
         )[0]
     )
     assert by_latents.data != by_pixels.data
 
 
-def test_progress_counts_the_steps_of_all_rows(editor: EngineEditor) -> None:
-    told: list[tuple[int, int]] = []
-    editor.edit([job(), job(seed=1)], on_step=lambda done, total: told.append((done, total)))
-    assert told == [(2, 4), (4, 4)]
+def latents(result: MadePicture | StepError) -> torch.Tensor:
+    data = made(result).latents
+    assert data is not None
+    return load(data)["latents"]
+
+
+def test_jobs_that_join_and_leave_make_what_the_engine_makes_of_each_alone(editor: EngineEditor) -> None:
+    """Whoever shares the device and from which denoise step on: the latents are those of `KontextEngine.edit`."""
+    jobs = [job(seed=seed, steps=steps) for seed, steps in enumerate((3, 5, 2, 4, 3))]
+    waiting = list(enumerate(jobs))
+    found: dict[int, MadePicture] = {}
+    with editor.session(jobs[0].params) as session:
+        while len(found) < len(jobs):
+            if waiting and session.free > 1:  # one a step, so that no two begin together
+                number, each = waiting.pop(0)
+                session.admit(number, editor.prepare(each))
+            session.step()
+            found |= {number: left.encode() for number, left in session.retire() if not isinstance(left, StepError)}
+        assert session.free == 4
+    engine = editor._loaded_for(jobs[0].params)
+    for number, alone in enumerate(engine.edit([editor.prepare(each) for each in jobs])):
+        assert (latents(found[number]) - alone.latents).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("call", ["admit", "step", "retire"])
+def test_a_device_without_room_is_no_fault_of_a_job(
+    editor: EngineEditor, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(f"engine.session.Session.{call}", full)
+    with pytest.raises(OutOfMemory, match="with 1 images"):
+        edit(editor, [job()])
+
+
+def test_a_request_that_the_engine_refuses_is_the_jobs_own_fault(editor: EngineEditor) -> None:
+    with editor.session(job().params) as session:
+        with pytest.raises(StepError, match="steps is 0"):
+            session.admit(1, editor.prepare(job(steps=0)))
+        assert session.free == 4

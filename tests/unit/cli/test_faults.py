@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -21,7 +22,7 @@ from kontext_batch.bootstrap import open_application
 from kontext_batch.cli import main, models
 from kontext_batch.cli.progress import BarProgress, LineProgress
 from kontext_batch.errors import InfrastructureError
-from kontext_batch.ports import EditJob, MadePicture, OnStep, RunSummary
+from kontext_batch.ports import EditJob, MadePicture, RunSummary
 from kontext_batch.registry import ModelEntry, Registry
 from kontext_batch.settings import load_settings
 from tests.unit.cli.conftest import FINISH_ONLY
@@ -137,7 +138,13 @@ def test_a_retry_delivers_what_could_not_be_delivered(studio: Path, capsys: pyte
 
 def write_shop(studio: Path, monkeypatch: pytest.MonkeyPatch, make_editor: Callable[[], ToyEditor]) -> None:
     """A recipe with edits, and editors that need no model."""
-    monkeypatch.setattr("kontext_batch.editor.EngineEditor", lambda **options: make_editor())
+
+    def made(**options: Any) -> ToyEditor:
+        editor = make_editor()
+        editor.max_rows = options["max_rows"]
+        return editor
+
+    monkeypatch.setattr("kontext_batch.editor.EngineEditor", made)
     monkeypatch.setattr("kontext_batch.editor.count_tokens", lambda model, prompt: 8)
     entry = ModelEntry(
         path=studio, sha256="a" * 64, signature="", layout="diffusers", native_area=64 * 64, text_length=64
@@ -219,10 +226,9 @@ class SlowEditor(ToyEditor):
         super().__init__()
         self._meanwhile = meanwhile
 
-    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
-        if not self.batches:
-            self._meanwhile()
-        return super().edit(jobs, on_step=on_step)
+    def stepping(self, jobs: Sequence[EditJob]) -> None:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        meanwhile()
 
 
 def test_progress_counts_what_another_process_did_of_the_run(

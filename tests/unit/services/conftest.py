@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from kontext_batch.bootstrap import Application, open_application
+from kontext_batch.errors import StepError
 from kontext_batch.operations.pictures import encode_png
-from kontext_batch.ports import EditJob, MadePicture, OnStep
+from kontext_batch.ports import EditJob, MadePicture
 from kontext_batch.registry import ModelEntry, Registry
 from kontext_batch.services.prepare import Prepared, submit
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from kontext_batch.storage.uris import file_uri
+from tests.stepping import SteppingEditor
 
 RECIPE = """\
 version: 1
@@ -63,26 +65,28 @@ def toy_picture(image: Image.Image) -> MadePicture:
 
 
 @dataclass
-class ToyEditor:
-    """Inverts the canvas; counts what it is asked for and fails as told."""
+class ToyEditor(SteppingEditor):
+    """Inverts the canvas in three denoise steps; remembers what it is asked for and fails as told."""
 
     jobs: list[Mapping[str, Any]] = field(default_factory=list)
-    batches: list[int] = field(default_factory=list)
+    """Params of all that were admitted."""
     fault: Callable[[EditJob], Exception | None] = lambda job: None
-    stops_everything: Exception | None = None
+    """A `StepError` is what comes of the job, anything else ends the session."""
+    faults: dict[int, StepError] = field(default_factory=dict)
 
-    def edit(self, jobs: Sequence[EditJob], *, on_step: OnStep | None = None) -> Sequence[MadePicture | Exception]:
-        self.batches.append(len(jobs))
-        if self.stops_everything is not None:
-            raise self.stops_everything
-        results: list[MadePicture | Exception] = []
-        for number, job in enumerate(jobs, start=1):
-            self.jobs.append(job.params)
-            fault = self.fault(job)
-            results.append(fault if fault is not None else self._make(job))
-            if on_step is not None:
-                on_step(number, len(jobs))
-        return results
+    def admitted(self, job: EditJob) -> int:
+        self.jobs.append(job.params)
+        fault = self.fault(job)
+        if isinstance(fault, StepError):
+            self.faults[id(job)] = fault
+        elif fault is not None:
+            raise fault
+        return 3
+
+    def make(self, job: EditJob) -> MadePicture:
+        if id(job) in self.faults:
+            raise self.faults.pop(id(job))
+        return self._make(job)
 
     def _make(self, job: EditJob) -> MadePicture:
         size = (job.params["target"]["width"], job.params["target"]["height"])
@@ -90,9 +94,6 @@ class ToyEditor:
         image = ImageOps.invert(Image.open(io.BytesIO(canvas.data)).convert("RGB")).resize(size)
         image.putpixel((0, 0), (len(job.params["prompt"]) % 256, 0, 0))
         return toy_picture(image)
-
-    def describe(self) -> Mapping[str, Any]:
-        return {"device": "cpu", "libraries": {"toy": "1"}}
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Studio:
     def worker(self, *, batch_rows: int = 4) -> Worker:
         worker = self.app.worker()
         worker.executor = replace(worker.executor, editor=self.editor)
-        worker.batch_rows = batch_rows
+        worker.batch_rows = self.editor.max_rows = batch_rows
         return worker
 
     def outputs(self) -> list[str]:

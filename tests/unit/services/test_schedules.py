@@ -139,7 +139,7 @@ def test_work_stops_when_the_night_is_over(studio: Studio, scheduler: Scheduler)
     [run_id] = scheduler.tick()
     worker = studio.worker(batch_rows=1)
     studio.app.repository.register_worker(worker.info)
-    assert worker.work_once()
+    assert worker.work_once(until=0.0)  # one step, and then the night goes on
     assert studio.app.repository.claim(worker.info.id, limit=1, lease_seconds=60)
     scheduler.tick()
     assert studio.app.repository.run(run_id).state is RunState.RUNNING  # its stop is tomorrow's

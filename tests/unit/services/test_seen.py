@@ -14,8 +14,8 @@ from kontext_batch.errors import InfrastructureError, StepError
 from kontext_batch.observability import set_up_logging
 from kontext_batch.observability.metrics import Activity
 from kontext_batch.ports import EditJob, WorkerInfo
+from kontext_batch.services.leases import Heartbeat
 from kontext_batch.services.maintain import reconcile
-from kontext_batch.services.work import Heartbeat
 from tests.contract.plans import done
 from tests.unit.services.conftest import Studio, wait_for
 
@@ -43,14 +43,17 @@ def lane_of(studio: Studio) -> str:
 def test_a_run_is_counted(studio: Studio, grown: Callable[..., float]) -> None:
     studio.worker(batch_rows=4).run_until_done(studio.submit())
     lane = lane_of(studio)
-    # 2 pictures are cleaned, then 4 staged: two batches of the model's lane, one of them half full
+    # 2 pictures are cleaned, then 4 staged in the same session, each in three denoise steps
     assert grown("kontext_batch_steps_total", lane=lane, outcome="done") == 6
     assert grown("kontext_batch_steps_total", lane="operations", outcome="done") == 4
-    assert grown("kontext_batch_batch_steps_count", lane=lane) == len(studio.editor.batches) == 2
+    assert grown("kontext_batch_batch_steps_count", lane=lane) == 1
     assert grown("kontext_batch_batch_steps_sum", lane=lane) == 6
-    assert grown("kontext_batch_batch_occupancy_ratio_sum", lane=lane) == 1.5
-    for phase, count in {"claim": 3, "compute": 2, "commit": 3, "fetch": 10, "put": 10, "operate": 4}.items():
+    assert grown("kontext_batch_batch_occupancy_ratio_sum", lane=lane) == 6 * 3 / 4
+    taken = grown("kontext_batch_batch_occupancy_ratio_count", lane=lane)
+    for phase, count in {"fetch": 10, "sample": 6, "put": 10, "operate": 4, "compute": taken}.items():
         assert grown("kontext_batch_phase_seconds_count", phase=phase) == count
+    for phase in ("claim", "commit"):
+        assert grown("kontext_batch_phase_seconds_count", phase=phase) >= 3
     assert grown("kontext_batch_deliveries_total", outcome="delivered") == 4
     assert 0 < grown("kontext_batch_computing_seconds_total") < grown("kontext_batch_alive_seconds_total")
     assert 0 < (REGISTRY.get_sample_value("kontext_batch_gpu_idle_ratio") or 0.0) < 1
@@ -90,7 +93,7 @@ def test_what_is_lost_fenced_and_given_back_is_counted(studio: Studio, grown: Ca
     [mine] = repository.claim(late.info.id, limit=1, lease_seconds=60)
     repository.release([(mine.id, mine.token)])
     repository.claim(late.info.id, limit=1, lease_seconds=60)
-    assert late.executor.run([mine]).fenced == (mine.id,)
+    assert late.executor.commit(None, mine.lane, [done(mine)]).fenced == (mine.id,)
     assert grown("kontext_batch_steps_total", lane=mine.lane, outcome="fenced") == 1
     repository.retire_worker(late.info.id)
     stopped = studio.worker()
@@ -134,11 +137,10 @@ def test_lines_of_a_batch_name_worker_lane_steps_and_runs(studio: Studio, capsys
     worker.run_until_done(run_id)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     failed = [line for line in lines if line["event"] == "step failed"]
-    [committed] = [line for line in lines if line["event"] == "batch committed"]
+    committed = [line for line in lines if line["event"] == "batch committed"]
     assert len(failed) == 2
-    for line in (*failed, committed):
+    for line in (*failed, *committed):
         assert (line["worker"], line["lane"], line["runs"]) == (worker.info.id, lane_of(studio), [run_id])
-        assert sorted(line["steps"]) == sorted(each["step"] for each in failed)
-    steps = studio.app.repository.run_steps(run_id)
-    [attempt] = studio.app.repository.attempts(next(step.id for step in steps if step.node == "clean"))
-    assert committed["batch"] == attempt.batch_id
+    assert [line["steps"] for line in failed] == [[line["step"]] for line in failed]
+    told = {step: line["batch"] for line in committed for step in line["steps"]}
+    assert told == {line["step"]: studio.app.repository.attempts(line["step"])[0].batch_id for line in failed}

@@ -171,7 +171,7 @@ def test_a_store_that_refuses_each_put_stops_the_worker_at_once(
         patch.setattr(type(studio.app.store), "write_if_absent", refuse)
         with pytest.raises(type(error), match=str(error)):
             studio.worker().run_until_done(run_id)
-    assert len(studio.editor.batches) == 1
+    assert len(studio.editor.jobs) == 2, "no more were sampled"
     assert studio.app.repository.run(run_id).finished is None
     assert studio.worker().run_until_done(run_id).state is RunState.DONE
 
@@ -410,8 +410,8 @@ def test_a_worker_ends_although_the_database_is_away(
 def test_a_model_that_this_worker_does_not_know_is_no_fault_of_the_step() -> None:
     editor = EngineEditor(models={}, adapters={})
     params = {"model": "newer", "numeric_mode": "float32", "adapters": []}
-    with pytest.raises(InfrastructureError, match="'newer' is not registered on this worker"):
-        editor.edit([EditJob(params=params, pictures=())])
+    with pytest.raises(InfrastructureError, match="'newer' is not registered on this worker"), editor.session(params):
+        pass
 
 
 @dataclass
