@@ -74,9 +74,7 @@ class Batch:
     max_rows: int = DEFAULT_MAX_ROWS
     """Most rows alive at once."""
     max_tokens: int = DEFAULT_MAX_TOKENS
-    """Most tokens in one forward pass, unless one place alone has more. 0 gives every place a pass of its own: the
-    result of a row is then bit for bit the same whatever else is in the batch.
-    """
+    """Most tokens in one forward pass, unless one place alone has more."""
     rows: list[Row] = field(default_factory=list)
 
     @property

@@ -14,10 +14,10 @@ S = denoise steps of a schedule. Within a row text comes first, then the target,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,11 @@ from engine.reuse import ContextMemory
 from engine.rope import angles
 from engine.text import TextFeatures
 from engine.transformer import FlowTransformer
+
+
+Result = TypeVar("Result")
+Turns = Generator[None, None, Result]
+"""Work that pauses before each linear, so that several passes can take turns."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,18 +134,24 @@ def _modulation(linear: Linear, lit: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def velocities(model: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
-    """Velocity (n, channels) fp32 of each place's target tokens, all in one forward pass."""
+def velocities(model: FlowTransformer, places: Sequence[Place], *, apart: bool = False) -> list[Tensor]:
+    """Velocity (n, channels) fp32 of each place's target tokens.
+
+    `apart`: no operation is on the tokens of more than one place, so that each result is bit for bit that of the place
+    alone. The places take turns block by block, which leaves a block's weights in the cache for the next place.
+    """
     weight = model.img_in.weight
     for place in places:
         if place.memory is not None and not place.remembers:
             place.memory.forget()
     with kernel_for(weight.device, weight.dtype) as kernel:
-        found = _Pass(model, places, kernel).run()
+        passes = [_Pass(model, each, kernel) for each in ([[place] for place in places] if apart else [places])]
+        for _ in zip(*(each.turns() for each in passes), strict=True):
+            pass
     for place in places:
         if place.memory is not None:
             place.memory.passed()
-    return found
+    return [velocity for each in passes for velocity in each.velocities]
 
 
 def _first(rows: Sequence[slice], counts: Sequence[int]) -> list[slice]:
@@ -181,11 +192,13 @@ class _Pass:
         self.rotation = torch.cat([place.condition.rotation[: place.tokens] for place in places])
         self.image_rotation = _taken(self.rotation, self.images_in_joint)
         self.target_rotation = _taken(self.rotation, self.targets_in_joint)
-        self._used = self._blocks = 0
+        self._used = self._attended = 0
         """Modulations and attentions that blocks have taken."""
+        self.velocities: list[Tensor] = []
+        """(n, channels) fp32 of each place."""
 
-    def run(self) -> list[Tensor]:
-        """Velocity (n, channels) fp32 of each place."""
+    def turns(self) -> Turns[None]:
+        """Go through the model; at the end there are `velocities`."""
         model = self.model
         latents = torch.cat([place.x for place in self.places])
         x = model.img_in(latents.to(model.img_in.weight.dtype))
@@ -195,19 +208,19 @@ class _Pass:
         doubles, singles = _doubles(model), _singles(model)
         last = [*doubles, *singles][-1]
         for double in doubles:
-            img, txt = self._double(double, img, txt, last=double is last)
+            img, txt = yield from self._double(double, img, txt, last=double is last)
         if singles:
             img = self._join(txt, img)
             for single in singles:
-                img = self._single(single, img, last=single is last)
+                img = yield from self._single(single, img, last=single is last)
         velocity = model.final_layer.linear(self.kernels.modulated(img, self.targets, *self._modulation())).float()
-        return [velocity[where] for where in self.targets.slices]
+        self.velocities = [velocity[where] for where in self.targets.slices]
 
     def _modulation(self) -> tuple[Tensor, ...]:
         """What the next modulation holds, in order (shift, 1 + scale, gate, ...), each (R, C) for R places."""
         rows = [place.condition.modulation[self._used][place.step] for place in self.places]
         self._used += 1
-        return torch.stack(rows).unbind(1)
+        return (rows[0][None] if len(rows) == 1 else torch.stack(rows)).unbind(1)
 
     def _add_gated(self, x: Tensor, rows: Rows, gate: Tensor, y: Tensor) -> None:
         self.kernels.add_gated(x, rows, gate, y)
@@ -219,9 +232,9 @@ class _Pass:
         parts = zip(self.texts.slices, self.images.slices, strict=True)
         return torch.cat([part for text, image in parts for part in (txt[text], img[image])])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[slice]) -> list[Tensor]:
-        """Attention of each row's queries, (n, C), over all of that row; `queries`: where they lie in `q`."""
-        block, self._blocks = self._blocks, self._blocks + 1
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[slice]) -> Tensor:
+        """Attention of each row's queries over all of that row, (tokens, C); `queries`: where they lie in `q`."""
+        block, self._attended = self._attended, self._attended + 1
         found = []
         for place, mine, row, image in zip(self.places, queries, self.joint.slices, self.images_in_joint, strict=True):
             keys, values = k[row], v[row]
@@ -234,38 +247,46 @@ class _Pass:
                     place.memory.keys.append(k[context].clone())
                     place.memory.values.append(v[context].clone())
             found.append(attend(q[mine], keys, values, self.kernel))
-        return found
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _double(self, block: DoubleStreamBlock, img: Tensor, txt: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
+    def _double(
+        self, block: DoubleStreamBlock, img: Tensor, txt: Tensor, *, last: bool
+    ) -> Turns[tuple[Tensor, Tensor]]:
         """Image and text after the block; after the last block the target alone, and the text as it was."""
         kernels, heads = self.kernels, block.img_attn.num_heads
         img_shift, img_scale, img_gate, *img_mod = self._modulation()
         txt_shift, txt_scale, txt_gate, *txt_mod = self._modulation()
         qkv_img = _heads(block.img_attn.qkv(kernels.modulated(img, self.images, img_shift, img_scale)), heads)
+        yield
         qkv_txt = _heads(block.txt_attn.qkv(kernels.modulated(txt, self.texts, txt_shift, txt_scale)), heads)
         kernels.norm_rotate(qkv_img[:, :2], block.img_attn.norm.weight(), self.image_rotation)
         kernels.norm_rotate(qkv_txt[:, :2], block.txt_attn.norm.weight(), None)
         q, k, v = self._join(qkv_txt, qkv_img).unbind(1)
         if last:
-            out_img = torch.cat(self._attend(q, k, v, self.targets_in_joint))
+            out_img = self._attend(q, k, v, self.targets_in_joint)
             img, rows = _taken(img, self.targets_in_images), self.targets
         else:
-            out = torch.cat(self._attend(q, k, v, self.joint.slices))
+            out = self._attend(q, k, v, self.joint.slices)
             out_txt, out_img, rows = _taken(out, self.texts_in_joint), _taken(out, self.images_in_joint), self.images
+            yield
             self._add_gated(txt, self.texts, txt_gate, block.txt_attn.proj(out_txt))
-            self._mlp(block.txt_mlp, txt, self.texts, txt_mod)
+            yield from self._mlp(block.txt_mlp, txt, self.texts, txt_mod)
+        yield
         self._add_gated(img, rows, img_gate, block.img_attn.proj(out_img))
-        self._mlp(block.img_mlp, img, rows, img_mod)
+        yield from self._mlp(block.img_mlp, img, rows, img_mod)
         return img, txt
 
-    def _mlp(self, layers: nn.Sequential, x: Tensor, rows: Rows, modulation: Sequence[Tensor]) -> None:
+    def _mlp(self, layers: nn.Sequential, x: Tensor, rows: Rows, modulation: Sequence[Tensor]) -> Turns[None]:
         """x += gate MLP(modulated x), in place."""
         first, second = cast(Linear, layers[0]), cast(Linear, layers[2])
         shift, scale, gate = modulation
+        yield
         hidden = first.rows(self.kernels.modulated(x, rows, shift, scale), 0, first.out_features, gelu=True)
+        yield
         self._add_gated(x, rows, gate, second(hidden))
+        yield
 
-    def _single(self, block: SingleStreamBlock, x: Tensor, *, last: bool) -> Tensor:
+    def _single(self, block: SingleStreamBlock, x: Tensor, *, last: bool) -> Turns[Tensor]:
         """The tokens after the block; after the last block the target's alone."""
         kernels, heads, linear1, size = self.kernels, block.num_heads, block.linear1, x.shape[-1]
         shift, scale, gate = self._modulation()
@@ -281,7 +302,11 @@ class _Pass:
             kernels.norm_rotate(queries, block.norm.query_norm.weight(), self.target_rotation)
             kernels.norm_rotate(kv[:, :1], block.norm.key_norm.weight(), self.rotation)
             q, (k, v) = queries[:, 0], kv.unbind(1)
+        yield
         hidden = linear1.rows(normed, 3 * size, linear1.out_features, gelu=True)
-        out = torch.cat(self._attend(q, k, v, rows.slices))
+        yield
+        out = self._attend(q, k, v, rows.slices)
+        yield
         self._add_gated(x, rows, gate, block.linear2(torch.cat([out, hidden], dim=-1)))
+        yield
         return x

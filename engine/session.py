@@ -51,9 +51,8 @@ class Session(Generic[Tag]):
 
     def __init__(self, engine: KontextEngine) -> None:
         self._engine = engine
-        self._batch = Batch(
-            partial(velocities, engine.transformer), engine.max_rows, 0 if engine.batch_invariant else engine.max_tokens
-        )
+        forward = partial(velocities, engine.transformer, apart=engine.batch_invariant)
+        self._batch = Batch(forward, engine.max_rows, engine.max_tokens)
         self._alive: dict[Row, _Job[Tag]] = {}
         self.steps_taken = 0
         """Denoise steps taken so far: the clock by which `joined` and `left` are told."""

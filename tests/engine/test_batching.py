@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.batching import Batch, Row, advance, schedule
-from engine.packed import Condition, Place, velocities
+from engine.linear import Linear
+from engine.packed import Condition, Place
 from engine.pipeline import EditRequest, EditResult, KontextEngine
 from engine.sampling import euler_step, guide
 from engine.sampling import schedule as times
 from engine.text import TextFeatures
-from engine.transformer import FlowTransformer
 from tests.engine.conftest import CASE
 from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
 
@@ -121,12 +121,6 @@ def test_rows_of_any_shape_share_a_pass() -> None:
     others = [row(tokens=4, steps=1), row(context=2, steps=1), row(text=5, steps=1)]
     run(Batch(model), [row(steps=1), *others])
     assert model.sizes == [4]
-
-
-def test_without_a_budget_every_place_has_a_pass_of_its_own() -> None:
-    model = constant(0.0)
-    run(Batch(model, max_tokens=0), [row(steps=1), row(steps=1, guided=True)])
-    assert model.sizes == [1, 1, 1]
 
 
 def test_a_negative_prompt_takes_a_place_of_its_own() -> None:
@@ -316,19 +310,24 @@ def test_batch_invariant_results_are_equal_bit_for_bit_whatever_the_batch(tmp_pa
 
 
 @pytest.mark.parametrize("invariant", [True, False])
-def test_the_batch_invariant_mode_is_a_pass_for_each_place(
+def test_the_batch_invariant_mode_keeps_places_apart(
     tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch, invariant: bool
 ) -> None:
-    sizes: list[int] = []
+    """No operation of a block sees the tokens of more than one place, though all are in one forward pass."""
+    rows: list[int] = []
+    original = Linear.rows
 
-    def counted(model: FlowTransformer, places: Sequence[Place]) -> list[Tensor]:
-        sizes.append(len(places))
-        return velocities(model, places)
+    def counted(linear: Linear, x: Tensor, start: int, stop: int, *, gelu: bool = False) -> Tensor:
+        rows.append(x.shape[0])
+        return original(linear, x, start, stop, gelu=gelu)
 
-    monkeypatch.setattr("engine.session.velocities", counted)
     monkeypatch.setattr(tiny, "batch_invariant", invariant)
-    tiny.edit([replace(mixed()[0], seed=seed, steps=2) for seed in range(3)])
-    assert sizes == ([1] * 6 if invariant else [3, 3])
+    with tiny.session() as session:
+        for seed in range(3):
+            session.admit(replace(mixed()[0], seed=seed), seed)
+        monkeypatch.setattr(Linear, "rows", counted)
+        session.step()
+    assert max(rows) == (16 + 16 + 32) * (1 if invariant else 3)  # target, context and text
 
 
 def test_equal_requests_in_one_batch_come_out_equal(tiny: KontextEngine) -> None:
