@@ -33,7 +33,6 @@ from engine.rope import angles
 from engine.text import TextFeatures
 from engine.transformer import FlowTransformer
 
-
 Result = TypeVar("Result")
 Turns = Generator[None, None, Result]
 """Work that pauses before each linear, so that several passes can take turns."""

@@ -31,8 +31,8 @@ from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpa
 from engine.linear import FP8
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
 from engine.memory import free_memory, plan_for
+from engine.modes import EXACT, Approximation
 from engine.requests import EditRequest, EditResult, check
-from engine.reuse import Approximation
 from engine.session import Session
 from engine.text import TextEncoder, TextFeatures
 from engine.transformer import FlowTransformer
@@ -75,7 +75,7 @@ class KontextEngine:
         """Most tokens of one forward pass: bounds the memory of a step."""
         self.batch_invariant = False
         """Whether a result is to be the same, bit for bit, whatever else is in the batch."""
-        self.approximation = Approximation()
+        self.approximation: Approximation = EXACT
         """What may be left out of sampling; the default is exact."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
         self.open_sessions = 0

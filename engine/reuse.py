@@ -19,30 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.errors import RequestError
-
 MOST_LEFT_OUT = 4
 """Steps that are left out in a row at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Approximation:
-    """How far results may be from the exact ones; the default is not at all."""
-
-    step_tolerance: float = 0.0
-    """Relative error of an extrapolated velocity, as foreseen; 0 computes every step. Typical values 0.02 to 0.1."""
-    context_every: int = 1
-    """Steps of a row from one computation of its context to the next; 1 computes it every time."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.step_tolerance < 1:
-            raise RequestError(f"step_tolerance {self.step_tolerance} is not from 0 to below 1")
-        if self.context_every < 1:
-            raise RequestError(f"context_every {self.context_every}: at least 1 is needed")
-
-    @property
-    def exact(self) -> bool:
-        return self.step_tolerance == 0 and self.context_every == 1
 
 
 @dataclass(slots=True, eq=False)

@@ -22,12 +22,14 @@ from kontext_batch.operations.pictures import encode_png, open_picture
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.latents import Latents
     from engine.memory import MemoryPlan
     from engine.pipeline import EditRequest, EditResult, KontextEngine
     from engine.session import Session
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 LIBRARIES = ("torch", "transformers", "safetensors", "pillow", "kontext-batch")
 
 
@@ -110,14 +112,12 @@ def gate_model(
     path: Path, asked: tuple[float, int] | None, *, device: str, dtype: DType, steps: int, images: int
 ) -> list[GateVerdict]:
     """Try the (step tolerance, context every) that is asked for, or several. Raises `SettingsError`."""
-    import torch
-
     from engine.errors import EngineError
     from engine.gate import SETTINGS, drawn_requests, gate
     from engine.pipeline import Approximation, KontextEngine
 
     try:
-        engine = KontextEngine.load(path, device=device, dtype=getattr(torch, numeric_mode(device, dtype)))
+        engine = KontextEngine.load(path, device=device, dtype=_torch_dtype(numeric_mode(device, dtype)))
         tried = SETTINGS if asked is None else [Approximation(*asked)]
         found = gate(engine, drawn_requests(engine, images, steps), tried)
     except EngineError as error:
@@ -169,24 +169,35 @@ def chosen_device(device: str) -> str:
         raise SettingsError(str(error)) from error
 
 
-def numeric_mode(device: str, dtype: DType) -> str:
-    """The dtype that results depend on: as set, else bfloat16 where a CUDA device will be used, else float32."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.startswith("cuda") or (device == "auto" and _has_cuda()) else "float32"
+def numeric_mode(device: str, dtype: DType, *, step_tolerance: float = 0.0, context_every: int = 1) -> str:
+    """What results depend on: the dtype as set, else bfloat16 where a CUDA device will be used, else float32; and what
+    approximate sampling leaves out.
+    """
+    from engine.modes import Approximation, Mode
+
+    if dtype == "auto":
+        cuda = device.startswith("cuda") or (device == "auto" and _has_cuda())
+        dtype = "bfloat16" if cuda else "float32"
+    return str(Mode(dtype, Approximation(step_tolerance, context_every)))
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, {"float8": "float8_e4m3fn"}.get(name, name))
+    return found
 
 
 def needed_memory(path: Path, *, device: str, mode: str, rows: int) -> MemoryPlan:
     """How the model at `path` would lie in the memory of the device of this setting. Raises `SettingsError`."""
-    import torch
-
     from engine.errors import EngineError
     from engine.memory import plan_for, total_memory
+    from engine.modes import Mode
     from engine.pipeline import choose_device
     from engine.weights import find_model
 
     try:
-        chosen, dtype = choose_device(device), getattr(torch, mode)
+        chosen, dtype = choose_device(device), _torch_dtype(Mode.parse(mode).dtype)
         return plan_for(find_model(path), chosen, memory=total_memory(chosen), dtype=dtype, rows=rows)
     except EngineError as error:
         raise SettingsError(str(error)) from error
@@ -212,6 +223,8 @@ class EngineEditor:
     device: str = "auto"
     max_rows: int = 8
     max_pixels: int = 100_000_000
+    batch_invariant: bool = False
+    """Whether a picture is to be the same, bit for bit, whatever is sampled beside it."""
     _engine: KontextEngine | None = None
     _loaded: tuple[str, str] | None = None
     _adapted: tuple[tuple[str, float], ...] = field(default=())
@@ -225,31 +238,36 @@ class EngineEditor:
     def describe(self) -> Mapping[str, Any]:
         """Device and library versions, for the lineage."""
         device = self.device if self._engine is None else str(self._engine.device)
-        return {"device": device, "libraries": {name: version(name) for name in LIBRARIES}}
+        libraries = {name: version(name) for name in LIBRARIES}
+        return {"device": device, "libraries": libraries, "batch_invariant": self.batch_invariant}
 
     def _loaded_for(self, params: Mapping[str, Any]) -> KontextEngine:
         """The engine with the lane's model and adapters."""
-        import torch
-
         from engine.errors import EngineError
+        from engine.modes import Mode
         from engine.pipeline import KontextEngine
 
-        wanted = (str(params["model"]), str(params["numeric_mode"]))
         adapters = tuple((str(each["name"]), float(each["scale"])) for each in params["adapters"])
-        for kind, known, name in [("model", self.models, wanted[0])] + [
+        for kind, known, name in [("model", self.models, str(params["model"]))] + [
             ("adapter", self.adapters, name) for name, _ in adapters
         ]:
             if name not in known:  # somebody has registered it elsewhere, or since: another worker may know it
                 add = f"`kontext-batch {kind}s add {name} ...` there, and start it again"
                 raise InfrastructureError(f"{kind} '{name}' is not registered on this worker: {add}")
         try:
+            mode = Mode.parse(params["numeric_mode"])
+            wanted = (str(params["model"]), mode.dtype)
             if self._loaded != wanted or self._engine is None:
                 self._engine, self._adapted = None, ()
-                dtype = getattr(torch, wanted[1])
                 self._engine = KontextEngine.load(
-                    self.models[wanted[0]], device=self.device, dtype=dtype, max_rows=self.max_rows
+                    self.models[wanted[0]],
+                    device=self.device,
+                    dtype=_torch_dtype(mode.dtype),
+                    max_rows=self.max_rows,
                 )
                 self._loaded = wanted
+            self._engine.batch_invariant = self.batch_invariant
+            self._engine.approximation = mode.approximation
             if self._adapted != adapters:
                 self._engine.unload_adapters()
                 for name, scale in adapters:
@@ -376,7 +394,8 @@ class Sampled:
 def _write_latents(result: EditResult) -> bytes:
     from safetensors.torch import save
 
-    size = {"width": str(result.width), "height": str(result.height)}
+    # One entry: safetensors writes several in any order, and equal latents are to be equal files.
+    size = {"size": f"{result.width}x{result.height}"}
     return save({"latents": result.latents.contiguous()}, metadata=size)
 
 
@@ -386,5 +405,6 @@ def _read_latents(data: bytes) -> Latents:
     from engine.latents import Latents
 
     length = int.from_bytes(data[:8], "little")
-    size = json.loads(data[8 : 8 + length])["__metadata__"]
-    return Latents(load(data)["latents"], int(size["width"]), int(size["height"]))
+    about = json.loads(data[8 : 8 + length])["__metadata__"]
+    size = about["size"].split("x") if "size" in about else (about["width"], about["height"])  # as once written
+    return Latents(load(data)["latents"], *map(int, size))

@@ -143,7 +143,12 @@ class Application:
                 self.artifact_keys.bundles.rstrip("/"),
             ),
             count_tokens=lambda model, prompt: editor.count_tokens(entries[model].path, prompt),
-            numeric_mode=editor.numeric_mode(self.settings.device, self.settings.dtype),
+            numeric_mode=editor.numeric_mode(
+                self.settings.device,
+                self.settings.dtype,
+                step_tolerance=self.settings.step_tolerance,
+                context_every=self.settings.context_every,
+            ),
             default_seconds=self.settings.gpu_seconds_per_image,
             max_instances=self.settings.max_steps,
         )
@@ -169,6 +174,7 @@ class Application:
             device=device,
             max_rows=self.settings.batch_rows,
             max_pixels=self.settings.max_pixels,
+            batch_invariant=self.settings.batch_invariant,
         )
         info = WorkerInfo(
             id=f"{socket.gethostname()}-{process.pid}-{uuid.uuid4().hex[:8]}",

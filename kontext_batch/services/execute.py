@@ -185,12 +185,13 @@ class Executor:
     def record(self, step: LeasedStep) -> BatchRecord:
         """The batch that this step is, or begins, as yet without members."""
         about: Mapping[str, Any] = {} if step.lane == OPERATIONS_LANE else self.editor.describe()
+        mode = str(step.params.get("numeric_mode", "exact"))
         return BatchRecord(
             worker_id=self.worker_id,
             lane=step.lane,
             device=str(about.get("device", "cpu")),
             model_sha256=step.params.get("model_sha256"),
-            numeric_mode=str(step.params.get("numeric_mode", "exact")),
+            numeric_mode=f"{mode}+batch-invariant" if about.get("batch_invariant") else mode,
             libraries={name: str(version) for name, version in about.get("libraries", {}).items()},
             members=(),
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.batching import Batch, Row
-from engine.errors import RequestError
+from engine.errors import ConfigError
 from engine.packed import Condition, Place, velocities
 from engine.pipeline import Approximation, EditRequest, KontextEngine
 from engine.reuse import MOST_LEFT_OUT, ContextMemory, Velocities
@@ -178,7 +178,7 @@ def test_approximate_results_are_close_and_not_the_same(shipped: KontextEngine, 
 
 def test_approximations_that_mean_nothing_are_refused() -> None:
     for wrong in ({"step_tolerance": -0.1}, {"step_tolerance": 1.0}, {"context_every": 0}):
-        with pytest.raises(RequestError, match=next(iter(wrong))):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
             Approximation(**wrong)
     assert Approximation().exact
     assert not Approximation(step_tolerance=0.1).exact

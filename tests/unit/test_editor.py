@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from kontext_batch.editor import EngineEditor, check_model, convert_model, count_tokens, numeric_mode, read_model
 from kontext_batch.errors import OutOfMemory, SettingsError, StepError
@@ -128,6 +128,7 @@ def test_numeric_mode_without_a_gpu() -> None:
     assert numeric_mode("cpu", "auto") == "float32"
     assert numeric_mode("cuda:1", "auto") == "bfloat16"
     assert numeric_mode("cuda", "float32") == "float32"
+    assert numeric_mode("cuda", "float8", step_tolerance=0.05, context_every=4) == "float8+steps=0.05+context=4"
 
 
 def test_canvases_are_padded_or_cropped_never_stretched(editor: EngineEditor) -> None:
@@ -178,6 +179,8 @@ def test_latents_are_handed_on_undecoded(editor: EngineEditor) -> None:
         )[0]
     )
     assert by_latents.data != by_pixels.data
+    older = save({"latents": load(first.latents)["latents"]}, metadata={"width": "64", "height": "64"})
+    assert made(edit(editor, [job(seed=9, pictures=(replace(through, latents=older),))])[0]).data == by_latents.data
 
 
 def latents(result: MadePicture | StepError) -> torch.Tensor:
@@ -221,3 +224,40 @@ def test_a_request_that_the_engine_refuses_is_the_jobs_own_fault(editor: EngineE
         with pytest.raises(StepError, match="steps is 0"):
             session.admit(1, editor.prepare(job(steps=0)))
         assert session.free == 4
+
+
+def test_modes_are_read_as_they_are_written() -> None:
+    from engine.errors import ConfigError
+    from engine.modes import Approximation, Mode
+
+    for mode in (
+        Mode("float32"),
+        Mode("bfloat16", Approximation(step_tolerance=0.05)),
+        Mode("float8", Approximation(context_every=4)),
+        Mode("bfloat16", Approximation(0.125, 2)),
+    ):
+        assert Mode.parse(str(mode)) == mode
+    for unknown in ("float12", "float32+steps", "float32+steps=2", "bfloat16+context=0", "float32+tea=1", ""):
+        with pytest.raises(ConfigError):
+            Mode.parse(unknown)
+
+
+def test_the_mode_of_a_lane_is_what_the_engine_samples_in(model: Path) -> None:
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu", batch_invariant=True)
+    for text, tolerance, every in (("float32", 0.0, 1), ("float32+steps=0.1+context=2", 0.1, 2), ("float32", 0.0, 1)):
+        edit(editor, [job(numeric_mode=text)])
+        engine = editor._engine
+        assert engine is not None
+        assert (engine.approximation.step_tolerance, engine.approximation.context_every) == (tolerance, every)
+        assert engine.batch_invariant
+    assert editor.describe()["batch_invariant"] is True
+    with pytest.raises(StepError, match="not known here"):
+        edit(editor, [job(numeric_mode="float32+tea=1")])
+
+
+def test_a_picture_is_the_same_whatever_is_sampled_beside_it(model: Path) -> None:
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu", batch_invariant=True)
+    alone = made(edit(editor, [job(seed=8)])[0])
+    among = made(edit(editor, [job(), job(seed=8, steps=3), job(seed=8), job(seed=9)])[2])
+    assert among.data == alone.data
+    assert among.latents == alone.latents

@@ -202,6 +202,19 @@ def test_the_lineage_tells_who_was_in_which_denoise_step(bench: Bench) -> None:
     assert told == bench.editor.seen
 
 
+@pytest.mark.parametrize(("invariant", "mode"), [(True, "float32+batch-invariant"), (False, "float32")])
+def test_the_lineage_tells_in_which_mode(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, invariant: bool, mode: str
+) -> None:
+    about = {**bench.editor.describe(), "batch_invariant": invariant}
+    monkeypatch.setattr(type(bench.editor), "describe", lambda editor: about)
+    bench.submit(singles(1))
+    bench.worker.work_once()
+    (attempt,) = bench.repository.attempts(bench.rows()["s0"].id)
+    assert attempt.batch_id is not None
+    assert bench.repository.batch(attempt.batch_id).numeric_mode == mode
+
+
 def test_each_row_is_charged_with_its_share_of_the_denoise_steps(bench: Bench) -> None:
     bench.submit(singles(2), {"s0": 2, "s1": 4})
     bench.editor.on_step = lambda names: time.sleep(0.05)
