@@ -202,13 +202,13 @@ def test_the_lineage_tells_who_was_in_which_denoise_step(bench: Bench) -> None:
     assert told == bench.editor.seen
 
 
-@pytest.mark.parametrize(("invariant", "mode"), [(True, "float32+batch-invariant"), (False, "float32")])
+@pytest.mark.parametrize(("invariant", "mode"), [(True, "exact+batch-invariant"), (False, "exact")])
 def test_the_lineage_tells_in_which_mode(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, invariant: bool, mode: str
 ) -> None:
     about = {**bench.editor.describe(), "batch_invariant": invariant}
     monkeypatch.setattr(type(bench.editor), "describe", lambda editor: about)
-    bench.submit(singles(1))
+    bench.submit(singles(1), {})
     bench.worker.work_once()
     (attempt,) = bench.repository.attempts(bench.rows()["s0"].id)
     assert attempt.batch_id is not None
