@@ -1,6 +1,6 @@
 """Where a denoise step goes on this CPU, and what each of its optimisations is worth: taken out one at a time.
 
-The middle model (71 M), one row of 640 tokens (128 text, 256 target, 256 context), or four. Each way without one
+The middle model (71 M), one row of 640 tokens (128 text, 256 target, 256 context). Each way without one
 optimisation runs turn about with the engine as it is; its figure is the median of the ratios. Goals: none of them may
 cost more than it gains (2 % are allowed for noise).
 
@@ -110,8 +110,11 @@ def conditioned_each_step(flow: FlowTransformer, rows: Sequence[Place]) -> Arm:
 
 def ablations(flow: FlowTransformer) -> dict[str, Callable[[int], float]]:
     """What is taken out -> seconds without it over seconds with it, from so many rounds."""
-    one, four = places(flow, 1), places(flow, 4)
-    alone, fours = (lambda: run(flow, one)), (lambda: run(flow, four))
+    one = places(flow, 1)
+
+    def alone() -> object:
+        return run(flow, one)
+
     found: dict[str, Callable[[int], float]] = {
         "oneDNN for the linears (torch's own choice instead)": lambda rounds: gain(
             alone, patched(alone, patch.object(linear, "_has_onednn", lambda x: False)), rounds
@@ -119,9 +122,6 @@ def ablations(flow: FlowTransformer) -> dict[str, Callable[[int], float]]:
         "GELU inside the linear": lambda rounds: gain(alone, lambda: _within(gelu_apart, alone), rounds),
         "modulation, text and context once, not each step": lambda rounds: gain(
             alone, conditioned_each_step(flow, one), rounds
-        ),
-        "four rows in one pass (one after the other instead)": lambda rounds: gain(
-            fours, lambda: [run(flow, [row]) for row in four], rounds
         ),
     }
     if flow.img_in.weight.dtype == torch.bfloat16:
