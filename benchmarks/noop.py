@@ -170,6 +170,7 @@ class NoEngine(SteppingEditor):
     adapters: Mapping[str, Path] = field(default_factory=dict)
     device: str = "cpu"
     max_pixels: int = 0
+    batch_invariant: bool = True
 
     def admitted(self, job: EditJob) -> int:
         return 1

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Kernel = Literal["cudnn", "flash", "efficient", "blocked"]
+from engine.linear import multiplies_bfloat16
+
+Kernel = Literal["cudnn", "flash", "efficient", "blocked", "any"]
+"""`any` leaves the choice to torch, where none of the others is known to run."""
 
 SCORES = 1 << 22
 """Most scores that the blocked kernel holds at once."""
@@ -30,21 +33,27 @@ _BACKENDS = {
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
     """The quickest that is known for a device and dtype.
 
-    cuda: cuDNN's in half precision on cards that have it (compute capability 9 and up), else flash; fp32 has neither.
-    cpu: torch's flash; in bfloat16 it multiplies in fp32, so that two matrix products a head are twice as quick.
+    cuda: cuDNN's in half precision on cards that have it (compute capability 9 and up), flash from 8 on; fp32 has
+    neither. cpu: torch's flash; it multiplies bfloat16 in fp32, so that where the CPU multiplies bfloat16 itself two
+    matrix products a head are twice as quick. They round the scores to bfloat16, as everything else is in that dtype.
     """
-    if device.type == "cuda":
-        if dtype not in (torch.bfloat16, torch.float16):
-            return "efficient"
-        return "cudnn" if torch.cuda.get_device_capability(device) >= (9, 0) else "flash"
-    return "blocked" if device.type == "cpu" and dtype == torch.bfloat16 else "flash"
+    if device.type == "cpu":
+        return "blocked" if dtype == torch.bfloat16 and multiplies_bfloat16() else "flash"
+    if device.type != "cuda":
+        return "any"
+    if dtype == torch.float32:
+        return "efficient"
+    capability = torch.cuda.get_device_capability(device)
+    if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0):
+        return "any"
+    return "cudnn" if capability >= (9, 0) else "flash"
 
 
 @contextmanager
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Iterator[Kernel]:
     """Inside, `attend` runs this kernel and no other."""
     kernel = choose_kernel(device, dtype)
-    if kernel == "blocked" or device.type == "mps":
+    if kernel in ("blocked", "any"):
         yield kernel
     else:
         with sdpa_kernel(_BACKENDS[kernel]):
@@ -61,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _blocked(q_HnD: Tensor, k_HLD: Tensor, v_HLD: Tensor) -> Tensor:
-    """A head and some queries at a time, so that the scores stay in the cache; softmax in fp32 inside the kernel."""
+    """A head and some queries at a time, so that the scores stay in the cache; softmax is fp32 inside its kernel."""
     heads, count, dim = q_HnD.shape
     out = q_HnD.new_empty(count, heads, dim)
     block = max(1, SCORES // k_HLD.shape[1])

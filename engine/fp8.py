@@ -1,9 +1,9 @@
 """Linears in fp8: weights with one scale for each output feature, inputs with one for each token.
 
-Half of the weights' memory and, on cards from compute capability 8.9, about twice the matrix products of bfloat16. It
-is no exact mode: e4m3 has 3 bits of mantissa, so that each product is off by up to 6 %, and a sum of thousands by far
-less. Modulations, embedders and the first and last linears stay as they are: they are small, and everything passes
-through them.
+Two thirds of the memory that the weights take in bfloat16 and, on cards from compute capability 8.9, about twice its
+matrix products. It is no exact mode: e4m3 has 3 bits of mantissa, so that each product is off by up to 6 %, and a sum
+of thousands by far less. Modulations, embedders and the first and last linears stay as they are: they take little of
+the time, and everything passes through them.
 """
 
 from __future__ import annotations

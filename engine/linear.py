@@ -96,8 +96,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Te
 def _has_onednn(x: Tensor) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    half = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (half or x.dtype == torch.float32) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return (x.dtype == torch.float32 and _onednn_is_built()) or (x.dtype == torch.bfloat16 and multiplies_bfloat16())
+
+
+def _onednn_is_built() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU's matrix products are quick in bfloat16."""
+    return _onednn_is_built() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:

@@ -70,7 +70,7 @@ class Place:
     @property
     def remembers(self) -> bool:
         """Whether the context is taken from memory and brings no tokens of its own."""
-        return self.memory is not None and self.memory.fresh
+        return self.memory is not None and self.memory.fresh(self.step) and self.memory.computed != self.step
 
     @property
     def context(self) -> Tensor:
@@ -142,14 +142,11 @@ def velocities(model: FlowTransformer, places: Sequence[Place], *, apart: bool =
     weight = model.img_in.weight
     for place in places:
         if place.memory is not None and not place.remembers:
-            place.memory.forget()
+            place.memory.renew(place.step)
     with kernel_for(weight.device, weight.dtype) as kernel:
         passes = [_Pass(model, each, kernel) for each in ([[place] for place in places] if apart else [places])]
         for _ in zip(*(each.turns() for each in passes), strict=True):
             pass
-    for place in places:
-        if place.memory is not None:
-            place.memory.passed()
     return [velocity for each in passes for velocity in each.velocities]
 
 

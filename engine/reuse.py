@@ -63,19 +63,15 @@ class ContextMemory:
     keys: list[Tensor] = field(default_factory=list)
     """(m, H, D) each, rotated."""
     values: list[Tensor] = field(default_factory=list)
-    age: int = 0
-    """Passes since they were computed, that one included."""
+    computed: int | None = None
+    """The row's step that computed them."""
 
-    @property
-    def fresh(self) -> bool:
-        """Whether the next pass may take them as they are."""
-        return 0 < self.age < self.every
+    def fresh(self, step: int) -> bool:
+        """Whether they may be taken as they are at this step of the row."""
+        return self.computed is not None and step - self.computed < self.every
 
-    def passed(self) -> None:
-        """A pass is over."""
-        self.age = self.age + 1 if self.fresh else 1
-
-    def forget(self) -> None:
-        """The coming pass computes them anew."""
+    def renew(self, step: int) -> None:
+        """The pass of this step computes them anew."""
         self.keys.clear()
         self.values.clear()
+        self.computed = step

@@ -1,9 +1,9 @@
 """Requests that are sampled together on one engine: admit, step, retire.
 
-    session = engine.session()
-    session.admit(request, tag)      # any time a slot is free, also while others are half done
-    session.step()                   # one denoise step of everything that is in
-    for tag, result in session.retire(): ...
+    with engine.session() as session:
+        session.admit(request, tag)      # any time a slot is free, also while others are half done
+        session.step()                   # one denoise step of everything that is in
+        for tag, result in session.retire(): ...
 
 `KontextEngine.edit` and the worker drive the same three calls. A session belongs to one thread at a time.
 """
@@ -131,8 +131,8 @@ class Session(Generic[Tag]):
         return [(job.tag, self._finish(job)) for job in map(self._alive.pop, self._batch.retire())]
 
     def _finish(self, job: _Job[Tag]) -> EditResult | NonFiniteError:
+        latents = job.row.x.cpu()  # waits for the device
         sampled = time.perf_counter()
-        latents = job.row.x.cpu()
         if not torch.isfinite(latents).all():
             return NonFiniteError(f"the result of seed {job.request.seed} is not finite; check the model's weights")
         try:

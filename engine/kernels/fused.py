@@ -121,6 +121,7 @@ class Fused:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """No tokens, no programs: an empty grid is an error of the driver's."""
+    """On the tensors' own device, which need not be the current one; without tokens there is nothing to launch."""
     if grid[0]:
-        kernel[grid](*arguments, **constants)
+        with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+            kernel[grid](*arguments, **constants)

@@ -167,7 +167,7 @@ class Executor:
         except (StorageFull, StorageReadOnly, NotAllowed):
             raise
         except InfrastructureError as error:
-            return failure(step, error)
+            return replace(failure(step, error), timings=finished.picture.timings)  # it was sampled, and is charged
         timings = {**finished.picture.timings, "put": time.perf_counter() - started}
         outputs = tuple(StepOutput(slot, artifact) for slot, (artifact, _) in finished.files.items())
         return StepDone(step.id, step.token, outputs, timings)

@@ -145,6 +145,11 @@ class Hand:
             self._prepared.clear()
         return steps
 
+    def has_slots(self, rows: int) -> None:
+        """A session has so many slots: fewer than were thought, where its device is short of memory."""
+        with self._changed:
+            self.rows = min(self.rows, rows)
+
     def stays(self, rows: int) -> None:
         """So many rows of the session will not leave it soon."""
         with self._changed:
@@ -197,11 +202,16 @@ class Hand:
             self._fed = True
             self._changed.notify_all()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether what is in hand is to be given back."""
+        return self._stopping.is_set()
+
     def heed(self) -> None:
         """Raise what another stage has met, or `Stopped`."""
         if self._fault is not None:
             raise self._fault
-        if self._stopping.is_set():
+        if self.stopping:
             raise Stopped
 
     def faults(self) -> list[BaseException]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from kontext_batch.errors import KontextBatchError, NotAllowed, StorageFull, StorageReadOnly
+from kontext_batch.errors import InfrastructureError, KontextBatchError, NotAllowed, StorageFull, StorageReadOnly
 from kontext_batch.ports import CommitReport, InHand, LeasedStep, StepFailed, StepResult
 from kontext_batch.services.execute import Executor, Finished
 from kontext_batch.services.hand import Hand, Left, Stopped
@@ -140,9 +140,21 @@ class Pipeline:
         try:
             while group := self.hand.await_left():
                 with self.executor.about([left.step for left in group]):
-                    self._keep_together(group, pool)
+                    self._keep_through_outages(group, pool)
         except BaseException as error:
             self.hand.fail(error)
+
+    def _keep_through_outages(self, group: Sequence[Left], pool: ThreadPoolExecutor) -> None:
+        """What is sampled is offered until it is kept, or a stop comes; meanwhile nothing more is claimed."""
+        while True:
+            try:
+                return self._keep_together(group, pool)
+            except (StorageFull, StorageReadOnly, NotAllowed):
+                raise
+            except InfrastructureError as error:
+                if self.hand.stopping:
+                    raise
+                self.hand.fail_late(error)
 
     def _keep_together(self, group: Sequence[Left], pool: ThreadPoolExecutor) -> None:
         """What has left one batch since the last commit."""

@@ -68,6 +68,7 @@ class Sampler:
                 except (StepError, InfrastructureError) as error:
                     self.hand.hand_on([Left(step, self._failure(step, error)) for step in self.hand.refused()])
                     continue
+                self.hand.has_slots(session.free)
                 batch = Batch(self.executor.record(first))
                 try:
                     self._sample(session, batch)

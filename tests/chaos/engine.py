@@ -34,6 +34,7 @@ class ToyEngine(SteppingEditor):
     adapters: Mapping[str, Path] = field(default_factory=dict)
     device: str = "cpu"
     max_pixels: int = 0
+    batch_invariant: bool = True
 
     def stepping(self, jobs: Sequence[EditJob]) -> None:
         prompts = [str(job.params["prompt"]) for job in jobs]

@@ -222,9 +222,13 @@ def test_the_blocked_kernel_is_attention(queries: int, keys: int, monkeypatch: p
 
 
 def test_kernels_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_kernel(torch.device("cpu"), torch.float32) == "flash"
-    assert choose_kernel(torch.device("cpu"), torch.bfloat16) == "blocked"
-    for capability, name in (((9, 0), "cudnn"), ((8, 0), "flash")):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_kernel(cpu, torch.float32) == "flash"
+    for multiplies, name in ((True, "blocked"), (False, "flash")):
+        monkeypatch.setattr("engine.attention.multiplies_bfloat16", lambda found=multiplies: found)
+        assert choose_kernel(cpu, torch.bfloat16) == name
+    for capability, name in (((9, 0), "cudnn"), ((8, 0), "flash"), ((7, 5), "any")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert choose_kernel(torch.device("cuda"), torch.bfloat16) == name
-        assert choose_kernel(torch.device("cuda"), torch.float32) == "efficient"
+        assert choose_kernel(cuda, torch.bfloat16) == name
+        assert choose_kernel(cuda, torch.float32) == "efficient"
+        assert choose_kernel(cuda, torch.float64) == "any"
