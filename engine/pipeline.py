@@ -107,6 +107,8 @@ class KontextEngine:
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
         in_fp8, kind = kind == FP8, torch.bfloat16 if kind == FP8 else kind
+        if in_fp8 and not _multiplies_fp8(chosen):
+            raise ConfigError(f"float8 is not to be had on {chosen}: it needs compute capability 8.9; take bfloat16")
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
         text_device, max_rows = _placed(files, chosen, kind, max_rows)
@@ -227,6 +229,12 @@ def _placed(files: ModelFiles, device: torch.device, dtype: torch.dtype, rows: i
     if plan.offload_texts:
         logger.warning("%s: memory is short; the text encoders stay on the CPU", files.transformer.parent)
     return torch.device("cpu") if plan.offload_texts else device, max(1, plan.rows)
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"  # slowly: for tests
 
 
 def choose_device(device: str | torch.device) -> torch.device:

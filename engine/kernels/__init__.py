@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
+from shutil import which
 from typing import Protocol
 
 import torch
@@ -60,7 +61,8 @@ class Kernels(Protocol):
 
 def kernels_for(device: torch.device) -> Kernels:
     """Those that a device is quickest with."""
-    if device.type == "cuda" and find_spec("triton"):
+    # Triton builds its launcher with a C compiler, which slim images lack.
+    if device.type == "cuda" and find_spec("triton") and any(map(which, ("cc", "gcc", "clang"))):
         from engine.kernels.fused import Fused
 
         return Fused()

@@ -86,3 +86,10 @@ def test_a_model_in_fp8_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not saved"):
         engine.save(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_device_that_cannot_multiply_fp8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.pipeline.choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=r"compute capability 8\.9"):
+        KontextEngine.load(shipped_folder(), device="cuda", dtype=FP8)

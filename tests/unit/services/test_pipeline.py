@@ -19,7 +19,7 @@ from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import EditJob, InHand, LeasedStep, MadePicture, Orders, StepRow
-from kontext_batch.services.execute import Executor
+from kontext_batch.services.execute import PATIENCE_TRIES, Executor
 from kontext_batch.services.work import Worker
 from tests.contract.plans import LEASE, make_plan, submit, worker
 from tests.stepping import CountingSession, SteppingEditor
@@ -463,6 +463,35 @@ def test_an_outage_that_claims_or_looks_meet_spoils_nothing_in_hand(
     states = Counter(bench.states().values())
     assert set(states) == {DONE, READY}
     assert len(bench.worker.leases) == 0
+
+
+@pytest.mark.parametrize("call", ["commit", "intend_uploads"])
+def test_an_outage_that_outlasts_patience_loses_nothing_that_is_sampled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """What is done is offered until it is kept; what is in the session is sampled on, and only claims stop."""
+    real, failures = getattr(bench.repository, call), [PATIENCE_TRIES + 2]
+
+    def away(*args: object, **options: object) -> object:
+        if failures[0]:
+            failures[0] -= 1
+            raise InfrastructureError("the database does not answer")
+        return real(*args, **options)
+
+    bench.editor.on_step = lambda names: time.sleep(0.01)
+    bench.submit(singles(6), {"s5": 30})
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.repository, call, away)
+        with pytest.raises(InfrastructureError, match="does not answer"):
+            bench.worker.work_once()
+    assert failures == [0]
+    assert len(bench.worker.leases) == 0
+    tries = {name: bench.outcomes(name) for name, state in bench.states().items() if state is DONE}
+    assert len(tries) >= 4
+    assert set(map(tuple, tries.values())) == {("ok",)}
+    bench.work()
+    assert set(bench.states().values()) == {DONE}
+    assert all(bench.outcomes(name) == ["ok"] for name in bench.rows())
 
 
 def test_a_full_store_gives_back_all_that_is_in_hand(bench: Bench) -> None:
