@@ -35,7 +35,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
 
     cuda: cuDNN's in half precision on cards that have it (compute capability 9 and up), flash from 8 on; fp32 has
     neither. cpu: torch's flash; it multiplies bfloat16 in fp32, so that where the CPU multiplies bfloat16 itself two
-    matrix products a head are twice as quick. They round the scores to bfloat16, as everything else is in that dtype.
+    matrix products a head are quicker (docs/profile.md). They round the scores to bfloat16, as all else in that dtype.
     """
     if device.type == "cpu":
         return "blocked" if dtype == torch.bfloat16 and multiplies_bfloat16() else "flash"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from engine.attention import Kernel, attend, kernel_for
 from engine.kernels import Rows, kernels_for
-from engine.layers import DoubleStreamBlock, SingleStreamBlock, sinusoid
+from engine.layers import DoubleStreamBlock, SingleStreamBlock
 from engine.linear import Linear
 from engine.reuse import ContextMemory
 from engine.rope import angles
@@ -70,7 +70,7 @@ class Place:
     @property
     def remembers(self) -> bool:
         """Whether the context is taken from memory and brings no tokens of its own."""
-        return self.memory is not None and self.memory.fresh(self.step) and self.memory.computed != self.step
+        return self.memory is not None and self.memory.fresh(self.step)
 
     @property
     def context(self) -> Tensor:
@@ -93,11 +93,8 @@ def condition(
     weight = model.img_in.weight
     device, dtype = weight.device, weight.dtype
     t = torch.tensor(times[:-1], dtype=torch.float32, device=device)
-    vec = model.time_in(sinusoid(t).to(dtype)) + model.vector_in(text.pooled[None].to(device, dtype))
-    if model.guidance_in is not None:
-        scale = torch.tensor([guidance], dtype=torch.float32, device=device)
-        vec = vec + model.guidance_in(sinusoid(scale).to(dtype))
-    lit = F.silu(vec)
+    scale = torch.tensor([guidance], dtype=torch.float32, device=device)
+    lit = F.silu(model.conditioning(text.pooled[None].to(device), t, scale))
     text_ids = ids.new_zeros(text.t5.shape[0], 3)
     angle = angles(torch.cat([text_ids, ids]), model.config.axes_dims, model.config.theta)
     return Condition(
@@ -137,7 +134,7 @@ def velocities(model: FlowTransformer, places: Sequence[Place], *, apart: bool =
     """Velocity (n, channels) fp32 of each place's target tokens.
 
     `apart`: no operation is on the tokens of more than one place, so that each result is bit for bit that of the place
-    alone. The places take turns block by block, which leaves a block's weights in the cache for the next place.
+    alone. The places take turns at each linear, which leaves its weights in the cache for the next place.
     """
     weight = model.img_in.weight
     for place in places:
@@ -252,6 +249,7 @@ class _Pass:
         kernels, heads = self.kernels, block.img_attn.num_heads
         img_shift, img_scale, img_gate, *img_mod = self._modulation()
         txt_shift, txt_scale, txt_gate, *txt_mod = self._modulation()
+        yield
         qkv_img = _heads(block.img_attn.qkv(kernels.modulated(img, self.images, img_shift, img_scale)), heads)
         yield
         qkv_txt = _heads(block.txt_attn.qkv(kernels.modulated(txt, self.texts, txt_shift, txt_scale)), heads)
@@ -280,13 +278,13 @@ class _Pass:
         hidden = first.rows(self.kernels.modulated(x, rows, shift, scale), 0, first.out_features, gelu=True)
         yield
         self._add_gated(x, rows, gate, second(hidden))
-        yield
 
     def _single(self, block: SingleStreamBlock, x: Tensor, *, last: bool) -> Turns[Tensor]:
         """The tokens after the block; after the last block the target's alone."""
         kernels, heads, linear1, size = self.kernels, block.num_heads, block.linear1, x.shape[-1]
         shift, scale, gate = self._modulation()
         normed = kernels.modulated(x, self.joint, shift, scale)
+        yield
         if not last:
             qkv = _heads(linear1.rows(normed, 0, 3 * size), heads)
             kernels.norm_rotate(qkv[:, :2], block.norm.weight(), self.rotation)
@@ -304,5 +302,4 @@ class _Pass:
         out = self._attend(q, k, v, rows.slices)
         yield
         self._add_gated(x, rows, gate, block.linear2(torch.cat([out, hidden], dim=-1)))
-        yield
         return x

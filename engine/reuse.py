@@ -67,8 +67,8 @@ class ContextMemory:
     """The row's step that computed them."""
 
     def fresh(self, step: int) -> bool:
-        """Whether they may be taken as they are at this step of the row."""
-        return self.computed is not None and step - self.computed < self.every
+        """Whether this step of the row may take them as they are; the one that computes them does not."""
+        return self.computed is not None and 0 < step - self.computed < self.every
 
     def renew(self, step: int) -> None:
         """The pass of this step computes them anew."""

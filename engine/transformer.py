@@ -44,11 +44,7 @@ class FlowTransformer(nn.Module):
     ) -> Tensor:
         """Velocity (B, L, in_channels) for every image position; the sampler reads the target's alone."""
         dtype = self.img_in.weight.dtype
-        vec = self.time_in(sinusoid(t).to(dtype)) + self.vector_in(pooled.to(dtype))
-        if self.guidance_in is not None:
-            assert guidance is not None, "this model embeds guidance"
-            vec = vec + self.guidance_in(sinusoid(guidance).to(dtype))
-
+        vec = self.conditioning(pooled, t, guidance)
         x_img, x_txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
         text_ids = torch.zeros(*txt.shape[:2], 3, device=img_ids.device, dtype=img_ids.dtype)
         rotation = rotations(torch.cat([text_ids, img_ids], dim=1), self.config.axes_dims, self.config.theta)
@@ -60,3 +56,14 @@ class FlowTransformer(nn.Module):
             x = block(x, vec, rotation)
         out: Tensor = self.final_layer(x[:, txt.shape[1] :], vec)
         return out
+
+    def conditioning(self, pooled: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector (B, C) through which time (B,), guidance (B,) and pooled text (B, pooled_dim) act; B of 1 is that
+        of all.
+        """
+        dtype = self.img_in.weight.dtype
+        vec: Tensor = self.time_in(sinusoid(t).to(dtype)) + self.vector_in(pooled.to(dtype))
+        if self.guidance_in is not None:
+            assert guidance is not None, "this model embeds guidance"
+            vec = vec + self.guidance_in(sinusoid(guidance).to(dtype))
+        return vec

@@ -10,7 +10,7 @@ GELU needs none: the linears take it into their own kernels (engine.linear).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from shutil import which
@@ -59,6 +59,7 @@ class Kernels(Protocol):
         ...
 
 
+@cache
 def kernels_for(device: torch.device) -> Kernels:
     """Those that a device is quickest with."""
     # Triton builds its launcher with a C compiler, which slim images lack.
