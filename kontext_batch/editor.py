@@ -24,6 +24,7 @@ from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
 if TYPE_CHECKING:
     import torch
 
+    from engine.gate import Verdict
     from engine.latents import Latents
     from engine.memory import MemoryPlan
     from engine.pipeline import EditRequest, EditResult, KontextEngine
@@ -96,21 +97,9 @@ def train_model(config: Path, *, say: Callable[[str], None]) -> None:
         raise SettingsError(str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class GateVerdict:
-    """Approximate sampling by one setting beside exact, over some images; PSNR in dB, equal images count as 99."""
-
-    step_tolerance: float
-    context_every: int
-    median: float
-    worst: float
-    quicker: float
-    """Seconds of exact sampling over its own."""
-
-
 def gate_model(
     path: Path, asked: tuple[float, int] | None, *, device: str, dtype: DType, steps: int, images: int
-) -> list[GateVerdict]:
+) -> list[Verdict]:
     """Try the (step tolerance, context every) that is asked for, or several. Raises `SettingsError`."""
     from engine.errors import EngineError
     from engine.gate import SETTINGS, drawn_requests, gate
@@ -119,15 +108,9 @@ def gate_model(
     try:
         engine = KontextEngine.load(path, device=device, dtype=_torch_dtype(numeric_mode(device, dtype)))
         tried = SETTINGS if asked is None else [Approximation(*asked)]
-        found = gate(engine, drawn_requests(engine, images, steps), tried)
+        return gate(engine, drawn_requests(engine, images, steps), tried)
     except EngineError as error:
         raise SettingsError(str(error)) from error
-    return [
-        GateVerdict(
-            each.approximation.step_tolerance, each.approximation.context_every, each.median, each.worst, each.quicker
-        )
-        for each in found
-    ]
 
 
 def hash_adapter(path: Path) -> str:

@@ -156,12 +156,23 @@ def gate(
     found = editor.gate_model(path, asked, device=settings.device, dtype=settings.dtype, steps=steps, images=images)
     passed = [each.worst >= least for each in found]
     if as_json:
-        output.say_json([{**asdict(each), "passed": good} for each, good in zip(found, passed, strict=True)])
+        output.say_json(
+            [
+                {
+                    **asdict(each.approximation),
+                    "median": each.median,
+                    "worst": each.worst,
+                    "quicker": each.quicker,
+                    "passed": good,
+                }
+                for each, good in zip(found, passed, strict=True)
+            ]
+        )
     else:
         rows: list[list[object]] = [
             [
-                f"{each.step_tolerance:g}",
-                each.context_every,
+                f"{each.approximation.step_tolerance:g}",
+                each.approximation.context_every,
                 f"{each.median:.1f}",
                 f"{each.worst:.1f}",
                 f"{each.quicker:.2f}x",
