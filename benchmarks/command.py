@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kontext_batch.registry import shipped_folder
@@ -24,3 +26,10 @@ def parser(description: str | None, *, quick: str, model: bool = False) -> argpa
     found.add_argument("--quick", action="store_true", help=quick)
     found.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     return found
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

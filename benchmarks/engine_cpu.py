@@ -12,8 +12,6 @@ where the bare matrix products of the model are at least 2.5 times as quick in i
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import multiprocessing
 import resource
@@ -35,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import command
+from benchmarks.peer import load_peer, run_peer
 from benchmarks.random_model import MIDDLE, TEXT_LENGTH, random_folder
 from engine.linear import linear
 from engine.pipeline import EditRequest, KontextEngine
@@ -82,42 +81,6 @@ def requests(count: int) -> list[EditRequest]:
     return found
 
 
-def load_peer(folder: Path, dtype: torch.dtype) -> Any:
-    """diffusers' pipeline over the same weights."""
-    from diffusers import FluxKontextPipeline
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        pipeline = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def run_peer(pipeline: Any, request: EditRequest, *, rows: int = 1, on_step: Callable[[], None] | None = None) -> Any:
-    """One call of diffusers; the pictures that it made."""
-
-    def told(pipeline: Any, step: int, time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step()
-        return {}
-
-    assert request.width is not None
-    assert request.height is not None
-    return pipeline(
-        prompt=request.prompt,
-        image=request.image,
-        width=request.width,
-        height=request.height,
-        max_area=request.width * request.height,
-        _auto_resize=False,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        num_images_per_prompt=rows,
-        generator=[torch.Generator("cpu").manual_seed(request.seed + row) for row in range(rows)],
-        max_sequence_length=TEXT_LENGTH,
-        callback_on_step_end=told,
-    ).images
-
-
 def our_steps(engine: KontextEngine, rows: int, count: int) -> list[float]:
     """Seconds of each of so many denoise steps, by row."""
     (request,) = requests(1)
@@ -136,14 +99,14 @@ def peer_steps(pipeline: Any, rows: int, count: int) -> list[float]:
     """The same of diffusers, between the ends of its steps."""
     (request,) = requests(1)
     ends: list[float] = []
-    run_peer(pipeline, replace(request, steps=count + 1), rows=rows, on_step=lambda: ends.append(time.perf_counter()))
+    run_peer(
+        pipeline,
+        replace(request, steps=count + 1),
+        text_length=TEXT_LENGTH,
+        rows=rows,
+        on_step=lambda: ends.append(time.perf_counter()),
+    )
     return [(after - before) / rows for before, after in pairwise(ends)]
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def measure_steps(folder: Path, rounds: int, steps: int, rows: Mapping[str, int]) -> Timings:
@@ -169,12 +132,12 @@ def measure_job(folder: Path, job: Sequence[EditRequest]) -> tuple[float, float]
 
     def theirs(part: Sequence[EditRequest]) -> None:
         for request in part:
-            run_peer(pipeline, request)
+            run_peer(pipeline, request, text_length=TEXT_LENGTH)
 
     first, second = job[: len(job) // 2], job[len(job) // 2 :]
-    ours = timed(lambda: engine.edit(first))
-    peer = timed(lambda: theirs(first)) + timed(lambda: theirs(second))
-    return ours + timed(lambda: engine.edit(second)), peer
+    ours = command.timed(lambda: engine.edit(first))
+    peer = command.timed(lambda: theirs(first)) + command.timed(lambda: theirs(second))
+    return ours + command.timed(lambda: engine.edit(second)), peer
 
 
 def peak_memory(folder: Path, whose: str, dtype: torch.dtype) -> int:
@@ -185,7 +148,7 @@ def peak_memory(folder: Path, whose: str, dtype: torch.dtype) -> int:
     else:
         pipeline = load_peer(folder, dtype)
         for request in job:
-            run_peer(pipeline, request)
+            run_peer(pipeline, request, text_length=TEXT_LENGTH)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -210,7 +173,7 @@ def products_ratio() -> float:
         ]
         work = partial(_multiply, factors)
         work()
-        seconds[dtype] = min(timed(work) for _ in range(20))
+        seconds[dtype] = min(command.timed(work) for _ in range(20))
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 

@@ -30,7 +30,8 @@ from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from benchmarks import command
-from benchmarks.random_model import SMALL, random_engine
+from benchmarks.peer import run_peer
+from benchmarks.random_model import SMALL, TEXT_LENGTH, random_engine
 from engine.attention import choose_kernel, kernel_for
 from engine.autoencoder import Autoencoder
 from engine.config import KONTEXT_DEV, ModelConfig
@@ -207,21 +208,9 @@ class Suite:
         if not equal:
             self.failed.append("the batch-invariant mode is not")
 
-    def peer_edit(self, peer: Any, *, steps: int | None = None, output: str = "pil") -> Any:
-        asked = self.request()
-        return peer(
-            prompt=asked.prompt,
-            image=asked.image,
-            width=asked.width,
-            height=asked.height,
-            max_area=self.scale.side**2,
-            _auto_resize=False,
-            num_inference_steps=steps or self.scale.steps,
-            guidance_scale=asked.guidance,
-            generator=[torch.Generator("cpu").manual_seed(0)],
-            max_sequence_length=512 if self.scale is LARGE else 128,
-            output_type=output,
-        ).images
+    def peer_edit(self, peer: Any, *, output: str = "pil", **changes: Any) -> Any:
+        length = 512 if self.scale is LARGE else TEXT_LENGTH
+        return run_peer(peer, self.request(**changes), text_length=length, output=output)
 
     def fresh(self, engine: KontextEngine, **changes: Any) -> Callable[[], object]:
         """An edit whose prompt and picture were not seen before, as diffusers encodes them each time."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -27,16 +26,34 @@ from benchmarks import command
 from benchmarks.random_model import MIDDLE, TEXT_LENGTH, random_transformer
 from engine.batching import DEFAULT_MAX_TOKENS, schedule
 from engine.latents import context_ids, grid_ids
-from engine.packed import Place, condition, velocities
+from engine.packed import Condition, Place, condition, velocities
 from engine.sampling import schedule as times
 from engine.text import TextFeatures
 from engine.transformer import FlowTransformer
 
 GRIDS = ((16, 16), (20, 12), (12, 20), (18, 14))
 """Rows and columns of tokens."""
+STEPS = 28
 COUNTS, QUICK_COUNTS = (1, 2, 4, 8), (1, 4)
 ROUNDS, QUICK_ROUNDS = 15, 4
 MOST_SLOWER, MOST_APART = 1.03, 2e-5
+
+
+def conditioned(flow: FlowTransformer, grid: tuple[int, int], schedule: Sequence[float], seed: int) -> Condition:
+    """A random prompt and a random context of the target's own size."""
+    generator = torch.Generator().manual_seed(seed)
+    config = flow.config
+    return condition(
+        flow,
+        text=TextFeatures(
+            torch.randn(TEXT_LENGTH, config.text_dim, generator=generator),
+            torch.randn(config.pooled_dim, generator=generator),
+        ),
+        context=torch.randn(grid[0] * grid[1], config.in_channels, generator=generator),
+        ids=torch.cat([grid_ids(*grid), *context_ids([grid], "offset")]),
+        times=schedule,
+        guidance=2.5,
+    )
 
 
 def places(flow: FlowTransformer, count: int, *, padded: bool = False) -> list[Place]:
@@ -44,22 +61,10 @@ def places(flow: FlowTransformer, count: int, *, padded: bool = False) -> list[P
     largest = max(GRIDS, key=lambda grid: grid[0] * grid[1])
     found = []
     for index in range(count):
-        generator = torch.Generator().manual_seed(index)
         grid = largest if padded else GRIDS[index % len(GRIDS)]
-        tokens, channels = grid[0] * grid[1], flow.config.in_channels
-        text = TextFeatures(
-            torch.randn(TEXT_LENGTH, flow.config.text_dim, generator=generator),
-            torch.randn(flow.config.pooled_dim, generator=generator),
-        )
-        made = condition(
-            flow,
-            text=text,
-            context=torch.randn(tokens, channels, generator=generator),
-            ids=torch.cat([grid_ids(*grid), *context_ids([grid], "offset")]),
-            times=times(28, tokens),
-            guidance=2.5,
-        )
-        found.append(Place(torch.randn(tokens, channels, generator=generator), made, index % 28))
+        tokens = grid[0] * grid[1]
+        x = torch.randn(tokens, flow.config.in_channels, generator=torch.Generator().manual_seed(1000 + index))
+        found.append(Place(x, conditioned(flow, grid, times(STEPS, tokens), index), index % STEPS))
     return found
 
 
@@ -67,12 +72,6 @@ def run(flow: FlowTransformer, rows: Sequence[Place], *, apart: bool = False) ->
     """Velocities, by passes of the engine's token budget."""
     passes = schedule(rows, DEFAULT_MAX_TOKENS)
     return [velocity for each in passes for velocity in velocities(flow, each, apart=apart)]
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ def measure(flow: FlowTransformer, count: int, rounds: int) -> Measured:
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, arm in arms.items():
-            seconds[name].append(timed(arm) / count)
+            seconds[name].append(command.timed(arm) / count)
     return Measured(
         seconds={name: statistics.median(found) for name, found in seconds.items()},
         padded=_ratios(seconds["padded"], seconds["packed"]),

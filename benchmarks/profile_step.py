@@ -24,17 +24,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import command
-from benchmarks.packing import places, run, timed
-from benchmarks.random_model import MIDDLE, TEXT_LENGTH, random_transformer
+from benchmarks.packing import GRIDS, STEPS, conditioned, places, run
+from benchmarks.random_model import MIDDLE, random_transformer
 from engine import attention, linear
-from engine.latents import context_ids, grid_ids
-from engine.packed import Place, condition
+from engine.packed import Place
 from engine.sampling import schedule
-from engine.text import TextFeatures
 from engine.transformer import FlowTransformer
 
 ROUNDS, QUICK_ROUNDS = 15, 4
-STEPS = 28
 ALLOWED = 0.98
 GROUPS = {
     "linears": ("mkldnn::_linear_pointwise", "aten::addmm"),
@@ -63,7 +60,7 @@ def gain(plain: Arm, without: Arm, rounds: int) -> float:
     without()
     ratios = []
     for _ in range(rounds):
-        one, other = timed(plain), timed(without)
+        one, other = command.timed(plain), command.timed(without)
         ratios.append(other / one)
     return statistics.median(ratios)
 
@@ -96,13 +93,10 @@ def patched(work: Arm, *patches: Any) -> Arm:
 
 def conditioned_each_step(flow: FlowTransformer, rows: Sequence[Place]) -> Arm:
     """Modulations, text and context computed for this step alone, at each step."""
-    grid = (16, 16)
-    text = TextFeatures(torch.randn(TEXT_LENGTH, flow.config.text_dim), torch.randn(flow.config.pooled_dim))
-    context, ids = torch.randn(256, 64), torch.cat([grid_ids(*grid), *context_ids([grid], "offset")])
 
     def step() -> object:
         for _ in rows:
-            condition(flow, text=text, context=context, ids=ids, times=schedule(STEPS, 256)[:2], guidance=2.5)
+            conditioned(flow, GRIDS[0], schedule(STEPS, 256)[:2], seed=0)
         return run(flow, rows)
 
     return step
