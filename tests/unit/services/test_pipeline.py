@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import EditJob, InHand, LeasedStep, MadePicture, Orders, StepRow
+from kontext_batch.services import sample
 from kontext_batch.services.execute import PATIENCE_TRIES, Executor
 from kontext_batch.services.work import Worker
 from tests.contract.plans import LEASE, make_plan, submit, worker
@@ -215,12 +217,23 @@ def test_the_lineage_tells_in_which_mode(
     assert bench.repository.batch(attempt.batch_id).numeric_mode == mode
 
 
-def test_each_row_is_charged_with_its_share_of_the_denoise_steps(bench: Bench) -> None:
+def test_each_row_is_charged_with_its_share_of_the_denoise_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def denoise(names: frozenset[str]) -> None:
+        now[0] += 0.5
+
     bench.submit(singles(2), {"s0": 2, "s1": 4})
-    bench.editor.on_step = lambda names: time.sleep(0.05)
+    bench.editor.on_step = denoise
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     bench.worker.work_once()
-    measured = bench.repository.run(1).gpu_seconds
-    assert 0.05 * len(bench.editor.seen) <= measured < 0.05 * len(bench.editor.seen) + 0.1
+    charged = {
+        name: sum(attempt.timings["sample"] for attempt in bench.repository.attempts(bench.rows()[name].id))
+        for name in ("s0", "s1")
+    }
+    assert len(bench.editor.seen) * 0.5 == now[0]
+    assert charged["s0"] == pytest.approx(0.5 * sum(0.5 for names in bench.editor.seen if "s0" in names))
+    assert sum(charged.values()) == pytest.approx(now[0]) == pytest.approx(bench.repository.run(1).gpu_seconds)
 
 
 def test_a_step_that_comes_back_begins_another_batch(bench: Bench) -> None:
