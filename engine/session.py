@@ -54,6 +54,8 @@ class Session(Generic[Tag]):
         forward = partial(velocities, engine.transformer, apart=engine.batch_invariant)
         self._batch = Batch(forward, engine.max_rows, engine.max_tokens)
         self._alive: dict[Row, _Job[Tag]] = {}
+        self._begun: torch.Event | None = None
+        """Told by the device when it has done the last step that was begun; a CPU is done when a call returns."""
         self.steps_taken = 0
         """Denoise steps taken so far: the clock by which `joined` and `left` are told."""
 
@@ -122,9 +124,15 @@ class Session(Generic[Tag]):
         self._batch.admit(row)
 
     def step(self) -> None:
-        """Move every request that is in one denoise step on."""
+        """Move every request that is in one denoise step on; returns when the device has done the step before."""
         self._batch.step()
         self.steps_taken += 1
+        # One step ahead the device never waits for the CPU, and calls take as long as steps do.
+        if self._engine.device.type == "cuda":
+            before, self._begun = self._begun, torch.Event(self._engine.device)
+            self._begun.record()
+            if before is not None:
+                before.synchronize()
 
     def retire(self) -> list[tuple[Tag, EditResult | NonFiniteError]]:
         """Let the finished requests leave, decoded, in the order in which they joined."""

@@ -83,7 +83,9 @@ def commit(conn: sa.Connection, batch: BatchRecord | None, results: Sequence[Ste
         ).rowcount
     if failed:
         _fail(conn, failed, batch_id)
-    earlier = _fence(conn, stale) if stale else set()
+    earlier = _fence(conn, stale) if stale else {}
+    if batch_id is None:
+        batch_id = next(filter(None, earlier.values()), None)
     return CommitReport(
         committed=tuple(
             result.step_id
@@ -258,14 +260,15 @@ def _settle_uploads(done: Sequence[StepDone], failed: Pairs) -> list[sa.Update]:
     ]
 
 
-def _fence(conn: sa.Connection, stale: Pairs) -> set[tuple[int, int]]:
-    """Drop results whose token is stale; returns those that an earlier call has committed under this very token.
+def _fence(conn: sa.Connection, stale: Pairs) -> dict[tuple[int, int], int | None]:
+    """Drop results whose token is stale; returns those that an earlier call has committed under this very token, and
+    the batch to which it did.
 
     That happens when the connection broke after the database had committed and before it could say so.
     """
     mine = pair_in(ATTEMPTS.step_id, ATTEMPTS.token, stale)
-    rows = conn.execute(sa.select(ATTEMPTS.step_id, ATTEMPTS.token, ATTEMPTS.outcome).where(mine))
-    earlier = {(row.step_id, row.token) for row in rows if row.outcome in ("ok", "error", "retry")}
+    rows = conn.execute(sa.select(ATTEMPTS.step_id, ATTEMPTS.token, ATTEMPTS.outcome, ATTEMPTS.batch_id).where(mine))
+    earlier = {(row.step_id, row.token): row.batch_id for row in rows if row.outcome in ("ok", "error", "retry")}
     fenced = [pair for pair in stale if pair not in earlier]
     if fenced:
         conn.execute(

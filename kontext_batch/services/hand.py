@@ -36,10 +36,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A step on its way to the commit."""
+    """A step on its way out."""
 
     step: LeasedStep
-    result: SampledPicture | StepFailed
+    result: SampledPicture | StepFailed | None
+    """None: nobody wants it, so that it is given back."""
     timings: Mapping[str, float] = field(default_factory=dict)
     batch: Batch | None = None
     """None when it took part in no denoise step."""

@@ -2,7 +2,8 @@
 
     feed     claim steps, fetch and prepare what they read       threads that wait for database and store
     sample   admit, step, retire (services.sample)               the thread that calls `run`: the device's
-    keep     encode, announce, put and commit what was sampled   threads that wait for database and store
+    keep     encode, announce, put and commit what was sampled,  threads that wait for database and store
+             give back what nobody wants
 
 Steps join and leave between denoise steps: the slot of one that leaves is another's before the next denoise step, and
 what a commit has made ready joins the same session. `services.hand` is what lies between the stages.
@@ -87,11 +88,8 @@ class Pipeline:
             self._take(steps, pool)
             try:
                 feed = partial(self._patiently, partial(self._feed, lane, pool))
-                with _threads(feed=feed, look=partial(self._patiently, self._look)):
-                    try:
-                        yield
-                    finally:
-                        self.hand.end_feeding()
+                with _threads(self.hand.end_feeding, feed=feed, look=partial(self._patiently, self._look)):
+                    yield
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -130,11 +128,11 @@ class Pipeline:
     @contextmanager
     def _keeping(self) -> Iterator[None]:
         """Within, threads keep what leaves the session; at the end all of it is kept."""
-        with ThreadPoolExecutor(STORE_THREADS, "keep") as pool, _threads(keep=partial(self._keep, pool)):
-            try:
-                yield
-            finally:
-                self.hand.end_sampling()
+        with (
+            ThreadPoolExecutor(STORE_THREADS, "keep") as pool,
+            _threads(self.hand.end_sampling, keep=partial(self._keep, pool)),
+        ):
+            yield
 
     def _keep(self, pool: ThreadPoolExecutor) -> None:
         try:
@@ -158,10 +156,16 @@ class Pipeline:
 
     def _keep_together(self, group: Sequence[Left], pool: ThreadPoolExecutor) -> None:
         """What has left one batch since the last commit."""
-        batch, sampled = group[0].batch, [left for left in group if not isinstance(left.result, StepFailed)]
+        batch, unwanted = group[0].batch, [left.step for left in group if left.result is None]
+        if unwanted:
+            self.executor.give_back(unwanted)
         results: list[StepResult] = [
             replace(left.result, timings=left.timings) for left in group if isinstance(left.result, StepFailed)
         ]
+        sampled = [left for left in group if not (left.result is None or isinstance(left.result, StepFailed))]
+        if not (results or sampled):
+            self.hand.kept(unwanted)
+            return
         finished = _spread(pool, self._encoded, sampled)
         self.executor.announce(finished)
         results += _spread(pool, self.executor.put, finished)
@@ -174,21 +178,25 @@ class Pipeline:
         self.committed(report, self.hand.kept([left.step for left in group]))
 
     def _encoded(self, left: Left) -> Finished:
+        assert left.result is not None
         assert not isinstance(left.result, StepFailed)
         picture = left.result.encode()
         return self.executor.finished(left.step, replace(picture, timings={**picture.timings, **left.timings}))
 
 
 @contextmanager
-def _threads(**work: Callable[[], None]) -> Iterator[None]:
-    """Threads by name, which are over at the end."""
-    threads = [threading.Thread(target=each, name=name) for name, each in work.items()]
-    for thread in threads:
-        thread.start()
+def _threads(end: Callable[[], None], **work: Callable[[], None]) -> Iterator[None]:
+    """Threads by name, until `end` has told them that it is over."""
+    started = []
     try:
+        for name, each in work.items():
+            thread = threading.Thread(target=each, name=name)
+            thread.start()
+            started.append(thread)
         yield
     finally:
-        for thread in threads:
+        end()
+        for thread in started:
             thread.join()
 
 

@@ -54,6 +54,8 @@ class Sampler:
     on_step: OnStep
     unwanted: Callable[[], frozenset[tuple[int, int]]]
     """(step id, token) of what nobody wants any more."""
+    ending: Callable[[], bool]
+    """Whether what is in the session is all that is still to be sampled."""
     rows: dict[int, Row] = field(default_factory=dict)
     """What is in the session, by step id."""
     step_seconds: float = math.inf
@@ -62,6 +64,9 @@ class Sampler:
     def run(self) -> None:
         """One session after another, until none is left to sample or to wait for. Raises as `Hand.heed` does."""
         while (first := self.hand.await_prepared()) is not None:
+            if self.ending():
+                self._give_back(self.hand.refused())
+                continue
             with ExitStack() as stack:
                 try:
                     session = stack.enter_context(self.executor.editor.session(first.params))
@@ -94,7 +99,7 @@ class Sampler:
     def _admit(self, session: EditSession, batch: Batch) -> None:
         while session.free and (loaded := self.hand.next(but=batch.joined)) is not None:
             step = loaded.step
-            if (step.id, step.token) in self.unwanted():
+            if self.ending() or (step.id, step.token) in self.unwanted():
                 self._give_back([step])
                 continue
             batch.joined.add(step.id)
@@ -152,8 +157,7 @@ class Sampler:
             return failure(step, error)
 
     def _give_back(self, steps: list[LeasedStep]) -> None:
-        self.executor.give_back(steps)
-        self.hand.kept(steps)
+        self.hand.hand_on([Left(step, None) for step in steps])
 
 
 class _SessionLost(Exception):

@@ -77,13 +77,13 @@ class Worker:
     admit: Callable[[Iterable[str]], None] | None = None
     """Told of the recipes whose steps are about to be worked on, so that the store lets their places be used."""
     draining: threading.Event = field(default_factory=threading.Event)
-    """Set to end: the batch in flight is finished, nothing more is claimed."""
+    """Set to end: what the device samples is finished, nothing more is begun."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Set to stop: the batch in flight is given back at its next denoise step, nothing more is claimed."""
+    """Set to stop: what the device samples is given back at the next denoise step, nothing more is begun."""
     has_device: bool = True
     """False of a worker that serves picture operations alone: it has no device that could be idle."""
     pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
-    """Beats with each claim and each denoise step."""
+    """Beats with each claim and each denoise step; with deliveries while nothing is sampled."""
     limits: Limits = field(default_factory=Limits)
     """Above which a run is paused."""
     backlog_limit: int | None = None
@@ -108,7 +108,7 @@ class Worker:
         return self.draining.is_set() or self.stopping.is_set() or self.orders.drain
 
     def end(self, grace_seconds: float) -> None:
-        """Told to end: finish the batch in flight within so long; told again: give it back. For signal handlers too."""
+        """Told to end: finish what is sampled within so long; told again: give it back. For signal handlers too."""
         # Not here: the thread that was interrupted may hold the lock of an event.
         threading.Thread(target=self._end, args=(grace_seconds,), name="end", daemon=True).start()
 
@@ -241,8 +241,11 @@ class Worker:
         self.turns.backlogged = found
         return bool(before - found)
 
-    def deliver(self, *, run_id: int | None = None) -> int:
-        """Bring some of what is finished, where that is this worker's business; returns how many are settled."""
+    def deliver(self, *, run_id: int | None = None, beat: Callable[[], None] | None = None) -> int:
+        """Bring some of what is finished, where that is this worker's business; returns how many are settled.
+
+        `beat`: called after each, instead of the pulse.
+        """
         if not self.turns.serves(OPERATIONS_LANE):
             return 0  # a GPU does not wait for a store
         self.owed = 0
@@ -254,7 +257,7 @@ class Worker:
             content_filter=self.content_filter,
             admit=self.admit,
             patient=run_id is None,
-            on_delivery=self.pulse.beat,
+            on_delivery=beat or self.pulse.beat,
         )
 
     def work_once(
@@ -323,14 +326,21 @@ class Worker:
             if on_step is not None:
                 on_step(done, total)
 
+        def delivered() -> None:
+            if not sampler.rows:  # else the device is to come on
+                self.pulse.beat()
+
         def look() -> None:
             self._look()
-            self.deliver(run_id=run_id)
+            self.deliver(run_id=run_id, beat=delivered)
 
+        sampler = Sampler(
+            self.executor, hand, stepped, unwanted=lambda: self.orders.unwanted, ending=lambda: self.ending
+        )
         return Pipeline(
             executor=self.executor,
             hand=hand,
-            sampler=Sampler(self.executor, hand, stepped, unwanted=lambda: self.orders.unwanted),
+            sampler=sampler,
             claim=claim,
             committed=self._committed,
             meanwhile=look,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from engine.packed import Condition, Place
 from engine.pipeline import EditRequest, EditResult, KontextEngine
 from engine.sampling import euler_step, guide
 from engine.sampling import schedule as times
+from engine.session import Session
 from engine.text import TextFeatures
 from tests.engine.conftest import CASE
 from tests.engine.tiny import Sizes, load_engine, picture, worst, write_model
@@ -385,3 +387,28 @@ def test_saved_and_loaded_engines_batch_alike(tiny: KontextEngine, alone: list[T
     tiny.save(tmp_path / "saved")
     results = load_engine(tmp_path / "saved").edit(mixed())
     assert all(worst(result.latents, wanted) < BOUND for result, wanted in zip(results, alone, strict=True))
+
+
+def test_the_cpu_is_one_denoise_step_ahead_of_a_card_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        """Of a card's clock."""
+
+        def __init__(self, device: torch.device) -> None:
+            self.number = len([each for each in told if each.startswith("record")])
+
+        def record(self) -> None:
+            told.append(f"record {self.number}")
+
+        def synchronize(self) -> None:
+            told.append(f"await {self.number}")
+
+    monkeypatch.setattr("engine.session.torch.Event", Event)
+    card = SimpleNamespace(
+        device=torch.device("cuda"), transformer=None, batch_invariant=False, max_rows=1, max_tokens=1
+    )
+    session: Session[int] = Session(cast(KontextEngine, card))
+    for _ in range(3):
+        session.step()
+    assert told == ["record 0", "record 1", "await 0", "record 2", "await 1"]

@@ -57,7 +57,7 @@ def test_a_batch_that_is_wanted_in_part_goes_on(studio: Studio) -> None:
     assert worker.run_until_done(run_id, on_step=part).state is RunState.DONE
 
 
-def test_a_worker_that_is_told_to_drain_finishes_what_it_holds_and_ends(studio: Studio) -> None:
+def test_a_worker_that_is_told_to_drain_finishes_what_it_samples_and_ends(studio: Studio) -> None:
     worker, run_id = quick_worker(studio), studio.submit()
 
     def drain(done: int, total: int) -> None:
@@ -66,7 +66,7 @@ def test_a_worker_that_is_told_to_drain_finishes_what_it_holds_and_ends(studio: 
 
     summary = worker.run_until_done(run_id, on_step=drain)
     assert summary.finished is None
-    assert summary.steps[StepState.DONE] == 2
+    assert summary.steps[StepState.DONE] in (1, 2), "the second of the first two may have been fetched too late"
     assert not worker.work_once()
     assert worker.run_until_done(run_id).state is RunState.DONE, "it was told once, not for ever"
 
@@ -108,7 +108,7 @@ def test_a_run_whose_pictures_are_not_brought_gets_no_more_until_they_are(
     worker, run_id = studio.worker(batch_rows=1), studio.submit()
     worker.backlog_limit = 1
     repository = studio.app.repository
-    monkeypatch.setattr(Worker, "deliver", lambda self, *, run_id=None: 0)
+    monkeypatch.setattr(Worker, "deliver", lambda self, **options: 0)
     monkeypatch.setattr("kontext_batch.services.work.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("kontext_batch.services.sample.AHEAD_SECONDS", 0.0)
     monkeypatch.setattr(studio.editor, "stepping", lambda jobs: time.sleep(0.05))

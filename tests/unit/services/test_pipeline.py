@@ -18,6 +18,7 @@ from kontext_batch.bootstrap.adapters import NoWakeUps
 from kontext_batch.errors import InfrastructureError, ObjectNotFound, OutOfMemory, StepError, StorageFull
 from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.observability.health import Pulse
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import EditJob, InHand, LeasedStep, MadePicture, Orders, StepRow
 from kontext_batch.services import sample
@@ -579,18 +580,30 @@ def test_a_stop_is_seen_while_nothing_is_sampled(bench: Bench) -> None:
     assert set(bench.states().values()) == {READY}
 
 
-def test_a_drain_finishes_what_is_in_hand_and_claims_nothing_more(bench: Bench) -> None:
+def test_a_drain_finishes_what_is_sampled_and_begins_nothing_more(bench: Bench) -> None:
     bench.submit(singles(30), {})
+    sampled: set[str] = set()
 
     def step(names: frozenset[str]) -> None:
-        time.sleep(0.005)
-        bench.worker.draining.set()
+        if len(bench.editor.seen) > 1 and not bench.worker.ending:  # how long a step takes is known: more are fetched
+            wait_for(lambda: len(bench.worker.leases) >= 2 * ROWS)
+            bench.worker.draining.set()
+            sampled.update(names)
 
     bench.editor.on_step = step
     assert bench.worker.work_once()
-    states = Counter(bench.states().values())
-    assert set(states) == {DONE, READY}
-    assert states[DONE] <= 3 * ROWS
+    assert {name for name, state in bench.states().items() if state is DONE} == sampled
+    assert set(bench.states().values()) == {DONE, READY}
+    assert sum(row.attempts for row in bench.rows().values()) == len(sampled)
+    assert len(bench.worker.leases) == 0
+
+
+def test_a_drain_before_anything_is_sampled_begins_nothing(bench: Bench) -> None:
+    bench.submit(singles(3), {})
+    bench.editor.on_prepare = lambda name: bench.worker.draining.set()
+    assert bench.worker.work_once()
+    assert bench.editor.seen == []
+    assert {(row.state, row.attempts) for row in bench.rows().values()} == {(READY, 0)}
 
 
 def test_a_turn_that_is_over_claims_nothing_more_and_loses_nothing(bench: Bench) -> None:
@@ -601,6 +614,85 @@ def test_a_turn_that_is_over_claims_nothing_more_and_loses_nothing(bench: Bench)
     assert bench.worker.turn()
     assert set(bench.states().values()) == {DONE}
     assert all(bench.outcomes(name) == ["ok"] for name in bench.rows())
+
+
+def test_an_outage_while_something_is_given_back_spoils_nothing_that_is_sampled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit(singles(8), {})
+    release, failures = bench.repository.release, [3]
+
+    def away(pairs: Sequence[tuple[int, int]]) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise InfrastructureError("the database does not answer")
+        release(pairs)
+
+    def step(names: frozenset[str]) -> None:
+        if len(bench.editor.seen) == 1:  # how long a step takes is not known: nothing more is fetched
+            return
+        wait_for(lambda: len(bench.worker.leases) == 8 or bool(bench.worker.orders.unwanted))
+        waiting = [step for step in bench.worker.leases.held() if step.params["name"] not in names]
+        bench.worker.orders = Orders(unwanted=frozenset((step.id, step.token) for step in waiting))
+
+    bench.editor.on_step = step
+    monkeypatch.setattr(bench.repository, "release", away)
+    with pytest.raises(InfrastructureError, match="does not answer"):
+        bench.worker.work_once()
+    assert failures == [0]
+    assert Counter(bench.states().values()) == {DONE: 4, READY: 4}
+    assert len(bench.worker.leases) == 0
+
+
+def test_a_device_that_hangs_looks_stalled_while_others_results_are_delivered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit(singles(2), {})
+    now, looks, stalled = [0.0], [0], []
+    bench.worker.pulse = Pulse(60.0, clock=lambda: now[0])
+
+    def deliver(*args: object, on_delivery: Callable[[], None], **options: object) -> int:
+        looks[0] += 1
+        on_delivery()
+        return 0
+
+    def hang(names: frozenset[str]) -> None:
+        now[0] += 100
+        seen = looks[0]
+        wait_for(lambda: looks[0] > seen + 1)
+        stalled.append(bench.worker.pulse.stalled())
+
+    monkeypatch.setattr("kontext_batch.services.work.deliver_pending", deliver)
+    monkeypatch.setattr("kontext_batch.services.work.LOOK_SECONDS", 0.01)
+    bench.editor.on_step = hang
+    with bench.worker.pulse.working():
+        bench.worker.work_once()
+    assert stalled == [100.0] * 3
+
+
+def test_a_first_commit_that_is_not_acknowledged_is_the_same_batch(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit(singles(3), {"s1": 9, "s2": 20})
+    commit, unheard = bench.repository.commit, [True]
+
+    def broken(*args: Any) -> object:
+        report = commit(*args)
+        if unheard:
+            unheard.clear()
+            raise InfrastructureError("the connection broke")
+        return report
+
+    def step(names: frozenset[str]) -> None:
+        if "s0" not in names:
+            wait_for(lambda: bench.states()["s0"] is DONE)
+
+    monkeypatch.setattr(bench.repository, "commit", broken)
+    bench.editor.on_step = step
+    bench.worker.work_once()
+    batches = {bench.repository.attempts(row.id)[-1].batch_id for row in bench.rows().values()}
+    assert len(batches) == 1
+    assert len(bench.members("s2")) == 3
 
 
 def test_what_nobody_wants_is_not_admitted(bench: Bench) -> None:
