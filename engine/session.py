@@ -118,8 +118,8 @@ class Session(Generic[Tag]):
             else (None, None),
         )
         now = time.perf_counter()
-        self._alive[row] = _Job(tag, request, row, width, height, now - started, now, self.steps_taken)
         self._batch.admit(row)
+        self._alive[row] = _Job(tag, request, row, width, height, now - started, now, self.steps_taken)
 
     def step(self) -> None:
         """Move every request that is in one denoise step on."""
