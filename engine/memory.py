@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from engine.autoencoder import BAND_AREA, Autoencoder
 from engine.config import AutoencoderConfig, FlowConfig, ModelConfig
 from engine.errors import ConfigError
+from engine.fp8 import block_linears
 from engine.linear import FP8
 from engine.text import MAX_TEXT_LENGTH, t5_dtype
 from engine.transformer import FlowTransformer
@@ -31,6 +32,8 @@ class Parameters:
     """How many each part of a model has."""
 
     transformer: int
+    block_linears: int
+    """Those of the transformer that fp8 has in one byte each."""
     t5: int
     clip: int
     autoencoder: int
@@ -63,13 +66,17 @@ class MemoryPlan:
 def count_parameters(config: ModelConfig, *, clip: CLIPTextConfig, t5: T5Config) -> Parameters:
     """Parameters of models of these sizes; they are built on the meta device, where they take no memory."""
     with torch.device("meta"):
+        transformer = FlowTransformer(config.flow)
         parts: dict[str, nn.Module] = {
-            "transformer": FlowTransformer(config.flow),
+            "transformer": transformer,
             "t5": T5EncoderModel(t5),
             "clip": CLIPTextModel(clip),
             "autoencoder": Autoencoder(config.autoencoder),
         }
-    return Parameters(**{name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()})
+    return Parameters(
+        **{name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()},
+        block_linears=sum(each.weight.numel() for each in block_linears(transformer).values()),
+    )
 
 
 def memory_plan(
@@ -85,8 +92,9 @@ def memory_plan(
 
     `may_offload`: whether the text encoders can lie elsewhere, in memory that is not the device's.
     """
-    transformer = parameters.transformer * dtype.itemsize
-    dtype = torch.bfloat16 if dtype == FP8 else dtype  # of all but the blocks' weights
+    smaller = parameters.block_linears if dtype == FP8 else 0
+    dtype = torch.bfloat16 if dtype == FP8 else dtype
+    transformer = parameters.transformer * dtype.itemsize - smaller * (dtype.itemsize - FP8.itemsize)
     t5, clip = parameters.t5 * t5_dtype(dtype).itemsize, parameters.clip * dtype.itemsize
     autoencoder = parameters.autoencoder * torch.float32.itemsize
     row = _row_bytes(config.flow, config.native_area, dtype)

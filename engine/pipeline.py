@@ -25,7 +25,6 @@ from engine.autoencoder import Autoencoder
 from engine.batching import DEFAULT_MAX_ROWS, DEFAULT_MAX_TOKENS
 from engine.config import ModelConfig
 from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
-from engine.fp8 import quantise
 from engine.kept import Kept
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
 from engine.linear import FP8
@@ -106,20 +105,17 @@ class KontextEngine:
         """
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
-        in_fp8, kind = kind == FP8, torch.bfloat16 if kind == FP8 else kind
-        if in_fp8 and not _multiplies_fp8(chosen):
+        if kind == FP8 and not _multiplies_fp8(chosen):
             raise ConfigError(f"float8 is not to be had on {chosen}: it needs compute capability 8.9; take bfloat16")
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
         text_device, max_rows = _placed(files, chosen, kind, max_rows)
-        transformer = load_transformer(files, device=chosen, dtype=kind)
-        if in_fp8:
-            quantise(transformer)
+        text_dtype = torch.bfloat16 if kind == FP8 else kind
         return cls(
             config=files.config,
-            transformer=transformer,
+            transformer=load_transformer(files, device=chosen, dtype=kind),
             autoencoder=load_autoencoder(files, device=chosen),
-            text=TextEncoder.load(files, device=text_device, dtype=kind, text_length=text_length),
+            text=TextEncoder.load(files, device=text_device, dtype=text_dtype, text_length=text_length),
             device=chosen,
             max_rows=max_rows,
         )

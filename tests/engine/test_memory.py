@@ -11,6 +11,7 @@ import torch
 from engine import memory, pipeline
 from engine.config import KONTEXT_DEV
 from engine.errors import ConfigError
+from engine.linear import FP8
 from engine.memory import MemoryPlan, Parameters, count_parameters, memory_plan, plan_for
 from engine.pipeline import KontextEngine
 from engine.text import clip_l_config, t5_xxl_config
@@ -36,7 +37,13 @@ def planned(
 
 def test_parameters_of_kontext_dev(parameters: Parameters) -> None:
     """ENGINE.md 1."""
-    wanted = Parameters(transformer=11_901_408_320, t5=4_762_310_656, clip=123_060_480, autoencoder=83_819_683)
+    wanted = Parameters(
+        transformer=11_901_408_320,
+        block_linears=8_606_711_808,
+        t5=4_762_310_656,
+        clip=123_060_480,
+        autoencoder=83_819_683,
+    )
     assert parameters == wanted
 
 
@@ -48,6 +55,12 @@ def test_bytes_of_kontext_dev(parameters: Parameters) -> None:
     assert weights == pytest.approx(wanted, rel=0.02)
     assert 1.2 * GB < plan.row < 1.4 * GB
     assert 1.4 * GB < plan.decode < 1.6 * GB
+
+
+def test_fp8_is_counted_of_the_linears_that_have_it(parameters: Parameters) -> None:
+    plan, wide = planned(parameters, 80, dtype=FP8), planned(parameters, 80)
+    assert plan.transformer == pytest.approx(15.2 * GB, rel=0.005)
+    assert (plan.t5, plan.clip, plan.row) == (wide.t5, wide.clip, wide.row)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +92,10 @@ def test_t5_of_a_half_precision_model_is_counted_as_it_is_loaded(parameters: Par
     assert plan.clip == 2 * parameters.clip
 
 
-def test_a_folder_is_planned_by_its_configs(engine: KontextEngine) -> None:
-    plan = plan_for(find_model(CASE / "model"), CUDA, memory=80 * GB, dtype=torch.float32, rows=4)
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+def test_a_folder_is_planned_by_its_configs(dtype: torch.dtype) -> None:
+    engine = KontextEngine.load(CASE / "model", device="cpu", dtype=dtype)
+    plan = plan_for(find_model(CASE / "model"), CUDA, memory=80 * GB, dtype=dtype, rows=4)
     parts = {"transformer": engine.transformer, "t5": engine.text.t5, "clip": engine.text.clip}
     for name, part in {**parts, "autoencoder": engine.autoencoder}.items():
         assert getattr(plan, name) == sum(each.nbytes for each in part.parameters()), name
