@@ -63,6 +63,7 @@ class KontextEngine:
         device: torch.device,
         max_rows: int = DEFAULT_MAX_ROWS,
     ) -> None:
+        _check_rows(max_rows)
         self.config = config
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -103,6 +104,7 @@ class KontextEngine:
         fewer than `max_rows` rows are taken at once, when the device's memory is short (see `engine.memory`). Raises
         `WeightsError` and `ConfigError`.
         """
+        _check_rows(max_rows)
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
         if kind == FP8 and not _multiplies_fp8(chosen):
@@ -215,6 +217,11 @@ class KontextEngine:
         if not torch.isfinite(pixels).all():
             raise NonFiniteError("the decoded picture is not finite; check the autoencoder's weights")
         return tensor_to_image(pixels)
+
+
+def _check_rows(most: int) -> None:
+    if most < 1:
+        raise ConfigError(f"max_rows is {most}; at least 1 is needed")
 
 
 def _placed(files: ModelFiles, device: torch.device, dtype: torch.dtype, rows: int) -> tuple[torch.device, int]:

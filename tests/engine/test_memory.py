@@ -127,6 +127,21 @@ def test_loading_follows_the_plan_on_cuda_alone(
     assert ("stay on the CPU" in caplog.text) == (texts != device)
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_an_engine_without_rows_is_refused(engine: KontextEngine, rows: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_rows is {rows}; at least 1"):
+        KontextEngine.load("no/such/folder", device="cpu", max_rows=rows)  # before anything is read
+    with pytest.raises(ConfigError, match=f"max_rows is {rows}; at least 1"):
+        KontextEngine(
+            config=engine.config,
+            transformer=engine.transformer,
+            autoencoder=engine.autoencoder,
+            text=engine.text,
+            device=CPU,
+            max_rows=rows,
+        )
+
+
 def test_features_are_handed_to_the_engines_device(engine: KontextEngine) -> None:
     """Whatever the device of the text encoders is."""
     elsewhere = KontextEngine(
