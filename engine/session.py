@@ -114,7 +114,7 @@ class Session(Generic[Tag]):
             cfg_scale=request.true_cfg_scale,
             velocities=Velocities(near.step_tolerance, request.steps - 1) if near.step_tolerance else None,
             memories=(ContextMemory(near.context_every), ContextMemory(near.context_every))
-            if near.context_every > 1
+            if near.keeps_context
             else (None, None),
         )
         now = time.perf_counter()
