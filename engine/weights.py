@@ -291,14 +291,14 @@ def load_autoencoder(files: ModelFiles, *, device: torch.device) -> Autoencoder:
 
 
 def to_diffusers(module: FlowTransformer | Autoencoder) -> dict[str, Tensor]:
-    """The state dict of a module in diffusers names; parts of fused weights are copied out of them."""
+    """The state dict of a module in diffusers names; parts of fused weights share their memory."""
     names = module.state_dict()
     if isinstance(module, FlowTransformer):
         table = flow_to_diffusers(names, module.config)
     else:
         table = autoencoder_to_diffusers(names, module.config)
     return {
-        target: part.clone(memory_format=torch.contiguous_format) if len(translation.names) > 1 else part.contiguous()
+        target: part.contiguous()
         for name, translation in table.items()
         for target, part in zip(translation.names, translation.split(names[name]), strict=True)
     }
@@ -308,8 +308,12 @@ def save_component(module: FlowTransformer | Autoencoder, folder: Path) -> None:
     """Write `config.json` and the weights in the diffusers layout, in shards of at most 10 GB."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", module.config.to_diffusers())
+    tensors = to_diffusers(module)
     save_torch_state_dict(
-        to_diffusers(module),
+        {  # parts of fused weights as tensors of their own, as safetensors wants them
+            name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+            for name, tensor in tensors.items()
+        },
         folder,
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
         max_shard_size="10GB",
