@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from engine.pipeline import EditRequest
 
@@ -21,6 +22,30 @@ def load_peer(folder: Path, dtype: torch.dtype) -> Any:
         pipeline = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextlib.contextmanager
+def in_fp32(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in fp32 with the weights that it has, of which one layer's at a time are cast."""
+    own: dict[nn.Parameter, Tensor] = {}
+
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for parameter in layer.parameters(recurse=False):
+            own[parameter], parameter.data = parameter.data, parameter.data.float()
+        return tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
+
+    def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = own.pop(parameter)
+
+    layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_peer(

@@ -8,7 +8,7 @@ the time, and everything passes through them.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.linear import Linear, quantised
 
@@ -16,9 +16,22 @@ BLOCK_LINEARS = (".qkv", ".proj", "_mlp.0", "_mlp.2", ".linear1", ".linear2")
 """Ends of the names of the linears that are quantised: all in the blocks but the modulations."""
 
 
+def block_linears(model: nn.Module) -> dict[str, Linear]:
+    """The linears that are quantised, by the names of their weights."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and name.endswith(BLOCK_LINEARS)
+    }
+
+
+def in_fp8(linear: Linear, weight: Tensor) -> Tensor:
+    """`weight` in fp8, to be put into `linear`, which is given its scales."""
+    values, linear.weight_scale = quantised(weight)
+    return values
+
+
 def quantise(model: nn.Module) -> None:
     """Turn the weights of the block linears into fp8, one at a time, in place."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and name.endswith(BLOCK_LINEARS):
-            weight, module.weight_scale = quantised(module.weight)
-            module.weight = nn.Parameter(weight, requires_grad=False)
+    for linear in block_linears(model).values():
+        linear.weight = nn.Parameter(in_fp8(linear, linear.weight), requires_grad=False)

@@ -1,8 +1,9 @@
 """What a model needs of a device's memory, and what is done when that is more than it has.
 
-Three things share the device: the weights, the activations of a denoise step, and the picture that is decoded (in
-bands, always: see `engine.bands`). When they do not fit, the text encoders, a third of FLUX.1's weights, stay on the
-CPU: a prompt is encoded once, a step is computed dozens of times. What is left decides how many rows fit.
+Four things share the device: the weights, what rows keep from step to step, the activations of a denoise step, and the
+picture that is decoded (in bands, always: see `engine.bands`). When they do not fit, the text encoders, a third of
+FLUX.1's weights, stay on the CPU: a prompt is encoded once, a step is computed dozens of times. What is left decides
+how many rows fit, and how many tokens a forward pass may have: a row with a negative prompt has twice a row's.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from engine.autoencoder import BAND_AREA, Autoencoder
 from engine.config import AutoencoderConfig, FlowConfig, ModelConfig
 from engine.errors import ConfigError
+from engine.fp8 import block_linears
+from engine.geometry import TOKEN_SIDE
 from engine.linear import FP8
+from engine.modes import EXACT, Approximation
 from engine.text import MAX_TEXT_LENGTH, t5_dtype
 from engine.transformer import FlowTransformer
 from engine.weights import ModelFiles, read_json
 
 RESERVE = 1_500_000_000
 """Bytes kept free: the context of the driver, workspaces of the libraries, fragments, features of prompts."""
+STEPS = 28
+"""Denoise steps that a row is planned with: as many as a request has that says nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,8 @@ class Parameters:
     """How many each part of a model has."""
 
     transformer: int
+    block_linears: int
+    """Those of the transformer that fp8 has in one byte each."""
     t5: int
     clip: int
     autoencoder: int
@@ -46,13 +54,17 @@ class MemoryPlan:
     clip: int
     autoencoder: int
     row: int
-    """Activations of one row in a denoise step, at the model's native area and with one context picture of it."""
+    """Of one row at the model's native area, with one context picture of it and no negative prompt: its activations in
+    a denoise step, and what it keeps from step to step.
+    """
     decode: int
     """Activations while a picture of the native area is decoded, or encoded."""
     offload_texts: bool
     """Whether the text encoders stay on the CPU."""
     rows: int
     """How many rows fit, of those asked for; 0: the model does not fit."""
+    tokens: int
+    """Of one forward pass whose activations fit beside what these rows keep."""
 
     @property
     def weights(self) -> int:
@@ -63,13 +75,17 @@ class MemoryPlan:
 def count_parameters(config: ModelConfig, *, clip: CLIPTextConfig, t5: T5Config) -> Parameters:
     """Parameters of models of these sizes; they are built on the meta device, where they take no memory."""
     with torch.device("meta"):
+        transformer = FlowTransformer(config.flow)
         parts: dict[str, nn.Module] = {
-            "transformer": FlowTransformer(config.flow),
+            "transformer": transformer,
             "t5": T5EncoderModel(t5),
             "clip": CLIPTextModel(clip),
             "autoencoder": Autoencoder(config.autoencoder),
         }
-    return Parameters(**{name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()})
+    return Parameters(
+        **{name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()},
+        block_linears=sum(each.weight.numel() for each in block_linears(transformer).values()),
+    )
 
 
 def memory_plan(
@@ -79,24 +95,30 @@ def memory_plan(
     memory: int,
     dtype: torch.dtype,
     rows: int,
+    approximation: Approximation = EXACT,
     may_offload: bool = True,
 ) -> MemoryPlan:
     """How a model of these sizes lies in `memory` bytes of a device, with at most `rows` rows at once.
 
-    `may_offload`: whether the text encoders can lie elsewhere, in memory that is not the device's.
+    `approximation`: with which rows are sampled. `may_offload`: whether the text encoders can lie elsewhere, in memory
+    that is not the device's.
     """
-    transformer = parameters.transformer * dtype.itemsize
-    dtype = torch.bfloat16 if dtype == FP8 else dtype  # of all but the blocks' weights
+    smaller = parameters.block_linears if dtype == FP8 else 0
+    dtype = torch.bfloat16 if dtype == FP8 else dtype
+    transformer = parameters.transformer * dtype.itemsize - smaller * (dtype.itemsize - FP8.itemsize)
     t5, clip = parameters.t5 * t5_dtype(dtype).itemsize, parameters.clip * dtype.itemsize
     autoencoder = parameters.autoencoder * torch.float32.itemsize
-    row = _row_bytes(config.flow, config.native_area, dtype)
+    token = _token_bytes(config.flow, dtype)
+    kept = _kept_bytes(config, dtype, approximation)
+    row = kept + token * (2 * _picture_tokens(config) + MAX_TEXT_LENGTH)
     decode = _decode_bytes(config.autoencoder, config.native_area)
-    # Pictures are decoded between steps, so that the two share their room.
+    # Pictures are decoded between steps, so that they share the room of the activations.
     left = memory - RESERVE - transformer - autoencoder
-    work = max(row, decode)
+    work = max(row, kept + decode)
     offload = may_offload and left - t5 - clip < work
     if not offload:
         left -= t5 + clip
+    rows = min(rows, left // row, (left - decode) // kept) if left >= work else 0
     return MemoryPlan(
         memory=memory,
         transformer=transformer,
@@ -106,11 +128,20 @@ def memory_plan(
         row=row,
         decode=decode,
         offload_texts=offload,
-        rows=min(rows, left // row) if left >= work else 0,
+        rows=rows,
+        tokens=max(0, left - rows * kept) // token,
     )
 
 
-def plan_for(files: ModelFiles, device: torch.device, *, memory: int, dtype: torch.dtype, rows: int) -> MemoryPlan:
+def plan_for(
+    files: ModelFiles,
+    device: torch.device,
+    *,
+    memory: int,
+    dtype: torch.dtype,
+    rows: int,
+    approximation: Approximation = EXACT,
+) -> MemoryPlan:
     """The plan of a model folder in `memory` bytes of a device; its configs alone are read. Raises `ConfigError`."""
     clip, t5 = (read_json(folder / "config.json") for folder in (files.clip, files.t5))
     try:
@@ -120,7 +151,15 @@ def plan_for(files: ModelFiles, device: torch.device, *, memory: int, dtype: tor
     except Exception as error:  # transformers raises what it likes for entries of a wrong type or size
         raise ConfigError(f"{files.clip} or {files.t5}: no usable config.json ({error})") from error
     may_offload = device.type == "cuda"  # elsewhere the CPU has the same memory
-    return memory_plan(files.config, parameters, memory=memory, dtype=dtype, rows=rows, may_offload=may_offload)
+    return memory_plan(
+        files.config,
+        parameters,
+        memory=memory,
+        dtype=dtype,
+        rows=rows,
+        approximation=approximation,
+        may_offload=may_offload,
+    )
 
 
 def free_memory(device: torch.device) -> int:
@@ -136,13 +175,26 @@ def total_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_memory(device)
 
 
-def _row_bytes(config: FlowConfig, area: int, dtype: torch.dtype) -> int:
+def _picture_tokens(config: ModelConfig) -> int:
+    """Of a picture of the native area."""
+    return config.native_area // TOKEN_SIDE**2
+
+
+def _kept_bytes(config: ModelConfig, dtype: torch.dtype, approximation: Approximation) -> int:
+    """Of a row from step to step: modulations (`engine.packed.Condition`), and its context's keys and values."""
+    flow = config.flow
+    widths = STEPS * (12 * flow.depth_double + 3 * flow.depth_single + 2)
+    if approximation.keeps_context:
+        widths += 2 * (flow.depth_double + flow.depth_single) * _picture_tokens(config)
+    return widths * flow.hidden_size * dtype.itemsize
+
+
+def _token_bytes(config: FlowConfig, dtype: torch.dtype) -> int:
     """Of a block in the middle of its work: stream, q, k and v before and after their rotation, and both MLP widths.
 
-    Counted over FLUX.1's sizes these are 21 hidden sizes a token, with an MLP of 4; a seventh is added.
+    Counted over FLUX.1's sizes these are 21 hidden sizes, with an MLP of 4; a seventh is added.
     """
-    tokens = 2 * area // 16**2 + MAX_TEXT_LENGTH
-    return int(tokens * config.hidden_size * (12 + 3 * config.mlp_ratio)) * dtype.itemsize
+    return int(config.hidden_size * (12 + 3 * config.mlp_ratio)) * dtype.itemsize
 
 
 def _decode_bytes(config: AutoencoderConfig, area: int) -> int:

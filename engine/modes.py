@@ -34,6 +34,11 @@ class Approximation:
     def exact(self) -> bool:
         return self.step_tolerance == 0 and self.context_every == 1
 
+    @property
+    def keeps_context(self) -> bool:
+        """Whether rows keep keys and values of their context from step to step."""
+        return self.context_every > 1
+
 
 EXACT = Approximation()
 
@@ -48,7 +53,7 @@ class Mode:
     def __str__(self) -> str:
         near = self.approximation
         steps = f"+steps={near.step_tolerance:g}" if near.step_tolerance else ""
-        context = f"+context={near.context_every}" if near.context_every > 1 else ""
+        context = f"+context={near.context_every}" if near.keeps_context else ""
         return self.dtype + steps + context
 
     @classmethod

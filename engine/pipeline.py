@@ -25,7 +25,6 @@ from engine.autoencoder import Autoencoder
 from engine.batching import DEFAULT_MAX_ROWS, DEFAULT_MAX_TOKENS
 from engine.config import ModelConfig
 from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
-from engine.fp8 import quantise
 from engine.kept import Kept
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
 from engine.linear import FP8
@@ -63,7 +62,10 @@ class KontextEngine:
         text: TextEncoder,
         device: torch.device,
         max_rows: int = DEFAULT_MAX_ROWS,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        approximation: Approximation = EXACT,
     ) -> None:
+        _check_rows(max_rows)
         self.config = config
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -71,11 +73,11 @@ class KontextEngine:
         self.device = device
         self.max_rows = max_rows
         """Most rows alive at once."""
-        self.max_tokens = DEFAULT_MAX_TOKENS
+        self.max_tokens = max_tokens
         """Most tokens of one forward pass: bounds the memory of a step."""
         self.batch_invariant = False
         """Whether a result is to be the same, bit for bit, whatever else is in the batch."""
-        self.approximation: Approximation = EXACT
+        self.approximation = approximation
         """What may be left out of sampling; the default is exact."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
         self.open_sessions = 0
@@ -94,6 +96,7 @@ class KontextEngine:
         text_length: int | None = None,
         config: ModelConfig | Mapping[str, Any] | None = None,
         max_rows: int = DEFAULT_MAX_ROWS,
+        approximation: Approximation = EXACT,
     ) -> Self:
         """Load a diffusers folder, or a folder with BFL files, strictly; quantised weights (fp8, GGUF) become `dtype`.
 
@@ -101,27 +104,27 @@ class KontextEngine:
         cuda, else float32; float8_e4m3fn is bfloat16 with the linears of the blocks in fp8. The autoencoder is float32.
         `text_length`: T5 tokens of every prompt; left out, the tokenizer's own when at most 512, else 512. `config`:
         sizes of BFL files, else their `config.json`, else Kontext-dev. On cuda the text encoders stay on the CPU, and
-        fewer than `max_rows` rows are taken at once, when the device's memory is short (see `engine.memory`). Raises
-        `WeightsError` and `ConfigError`.
+        fewer than `max_rows` rows are taken at once, in passes of fewer tokens, when the device's memory is short with
+        rows that are sampled by `approximation` (see `engine.memory`). Raises `WeightsError` and `ConfigError`.
         """
+        _check_rows(max_rows)
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
-        in_fp8, kind = kind == FP8, torch.bfloat16 if kind == FP8 else kind
-        if in_fp8 and not _multiplies_fp8(chosen):
+        if kind == FP8 and not _multiplies_fp8(chosen):
             raise ConfigError(f"float8 is not to be had on {chosen}: it needs compute capability 8.9; take bfloat16")
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
-        text_device, max_rows = _placed(files, chosen, kind, max_rows)
-        transformer = load_transformer(files, device=chosen, dtype=kind)
-        if in_fp8:
-            quantise(transformer)
+        text_device, max_rows, max_tokens = _placed(files, chosen, kind, max_rows, approximation)
+        text_dtype = torch.bfloat16 if kind == FP8 else kind
         return cls(
             config=files.config,
-            transformer=transformer,
+            transformer=load_transformer(files, device=chosen, dtype=kind),
             autoencoder=load_autoencoder(files, device=chosen),
-            text=TextEncoder.load(files, device=text_device, dtype=kind, text_length=text_length),
+            text=TextEncoder.load(files, device=text_device, dtype=text_dtype, text_length=text_length),
             device=chosen,
             max_rows=max_rows,
+            max_tokens=max_tokens,
+            approximation=approximation,
         )
 
     def save(self, path: str | Path) -> None:
@@ -221,14 +224,23 @@ class KontextEngine:
         return tensor_to_image(pixels)
 
 
-def _placed(files: ModelFiles, device: torch.device, dtype: torch.dtype, rows: int) -> tuple[torch.device, int]:
-    """The device of the text encoders, and how many of `rows` rows fit beside the weights."""
+def _check_rows(most: int) -> None:
+    if most < 1:
+        raise ConfigError(f"max_rows is {most}; at least 1 is needed")
+
+
+def _placed(
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, rows: int, approximation: Approximation
+) -> tuple[torch.device, int, int]:
+    """The device of the text encoders; how many of `rows` rows, and tokens of a pass, fit beside the weights."""
     if device.type != "cuda":
-        return device, rows
-    plan = plan_for(files, device, memory=free_memory(device), dtype=dtype, rows=rows)
+        return device, rows, DEFAULT_MAX_TOKENS
+    memory = free_memory(device)
+    plan = plan_for(files, device, memory=memory, dtype=dtype, rows=rows, approximation=approximation)
     if plan.offload_texts:
         logger.warning("%s: memory is short; the text encoders stay on the CPU", files.transformer.parent)
-    return torch.device("cpu") if plan.offload_texts else device, max(1, plan.rows)
+    texts = torch.device("cpu") if plan.offload_texts else device
+    return texts, max(1, plan.rows), min(DEFAULT_MAX_TOKENS, plan.tokens)
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

@@ -116,12 +116,12 @@ class Session(Generic[Tag]):
             cfg_scale=request.true_cfg_scale,
             velocities=Velocities(near.step_tolerance, request.steps - 1) if near.step_tolerance else None,
             memories=(ContextMemory(near.context_every), ContextMemory(near.context_every))
-            if near.context_every > 1
+            if near.keeps_context
             else (None, None),
         )
         now = time.perf_counter()
-        self._alive[row] = _Job(tag, request, row, width, height, now - started, now, self.steps_taken)
         self._batch.admit(row)
+        self._alive[row] = _Job(tag, request, row, width, height, now - started, now, self.steps_taken)
 
     def step(self) -> None:
         """Move every request that is in one denoise step on; returns when the device has done the step before."""

@@ -23,8 +23,10 @@ from torch import Tensor
 from engine.autoencoder import Autoencoder
 from engine.config import KONTEXT_DEV, VARIANTS, AutoencoderConfig, FlowConfig, ModelConfig
 from engine.errors import ConfigError, WeightsError
+from engine.fp8 import block_linears, in_fp8
 from engine.gguf_file import GgufFile
 from engine.keys import REPACKAGED_PREFIX, Translation, autoencoder_to_diffusers, flow_to_diffusers, untranslated
+from engine.linear import FP8
 from engine.quantised import Stored, find_scales, is_weight, read_weight
 from engine.transformer import FlowTransformer
 
@@ -205,11 +207,13 @@ def load_strictly(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    settled: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Module:
     """Fill `module`, built on the meta device, from `files`; every name and shape must match.
 
     Each parameter lands in memory of its own: results depend in the last bits on where weights are aligned, and a
-    safetensors file maps them at any alignment (ENGINE.md 2.4). `READERS` threads read, which call `files.get`.
+    safetensors file maps them at any alignment (ENGINE.md 2.4). `READERS` threads read, which call `files.get`, and
+    `settled` for what becomes of each parameter on the device.
     """
     expected: dict[str, tuple[int, ...]] = {}
     own = module.state_dict()
@@ -218,12 +222,13 @@ def load_strictly(
             expected[part_name] = tuple(part.shape)
     check_names(str(files.where), expected, files.shapes)
 
-    def read(translation: Translation) -> Tensor:
+    def read(name: str, translation: Translation) -> Tensor:
         joined = translation.join([files.get(part) for part in translation.names])
-        return joined.to(device, dtype, copy=len(translation.names) == 1)  # several parts are joined in fresh memory
+        fresh = joined.to(device, dtype, copy=len(translation.names) == 1)  # several parts are joined in fresh memory
+        return settled(name, fresh)
 
     with ThreadPoolExecutor(READERS) as pool:
-        state = dict(zip(table, pool.map(read, table.values()), strict=True))
+        state = dict(zip(table, pool.map(read, table, table.values()), strict=True))
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -241,7 +246,11 @@ def check_names(where: str, expected: Mapping[str, tuple[int, ...]], found: Mapp
 
 
 def load_transformer(files: ModelFiles, *, device: torch.device, dtype: torch.dtype) -> FlowTransformer:
-    """The flow transformer of a model, in either layout."""
+    """The flow transformer of a model, in either layout.
+
+    `dtype` float8_e4m3fn is bfloat16 with each weight of the blocks in fp8 as soon as it is on the device, which never
+    holds more of them in bfloat16 than are read at once.
+    """
     tensors: Tensors = (
         GgufFile(files.transformer) if files.transformer.suffix == GGUF else TensorFiles(files.transformer)
     )
@@ -252,7 +261,15 @@ def load_transformer(files: ModelFiles, *, device: torch.device, dtype: torch.dt
         module = FlowTransformer(files.config.flow)
     names = module.state_dict()
     table = flow_to_diffusers(names, files.config.flow) if files.layout == "diffusers" else untranslated(names)
-    return load_strictly(module, table, tensors, device=device, dtype=dtype)
+    linears = block_linears(module) if dtype == FP8 else {}
+    return load_strictly(
+        module,
+        table,
+        tensors,
+        device=device,
+        dtype=torch.bfloat16 if dtype == FP8 else dtype,
+        settled=lambda name, weight: in_fp8(linears[name], weight) if name in linears else weight,
+    )
 
 
 def load_autoencoder(files: ModelFiles, *, device: torch.device) -> Autoencoder:
@@ -274,14 +291,14 @@ def load_autoencoder(files: ModelFiles, *, device: torch.device) -> Autoencoder:
 
 
 def to_diffusers(module: FlowTransformer | Autoencoder) -> dict[str, Tensor]:
-    """The state dict of a module in diffusers names; parts of fused weights are copied out of them."""
+    """The state dict of a module in diffusers names; parts of fused weights share their memory."""
     names = module.state_dict()
     if isinstance(module, FlowTransformer):
         table = flow_to_diffusers(names, module.config)
     else:
         table = autoencoder_to_diffusers(names, module.config)
     return {
-        target: part.clone(memory_format=torch.contiguous_format) if len(translation.names) > 1 else part.contiguous()
+        target: part.contiguous()
         for name, translation in table.items()
         for target, part in zip(translation.names, translation.split(names[name]), strict=True)
     }
@@ -291,8 +308,12 @@ def save_component(module: FlowTransformer | Autoencoder, folder: Path) -> None:
     """Write `config.json` and the weights in the diffusers layout, in shards of at most 10 GB."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", module.config.to_diffusers())
+    tensors = to_diffusers(module)
     save_torch_state_dict(
-        to_diffusers(module),
+        {  # parts of fused weights as tensors of their own, as safetensors wants them
+            name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+            for name, tensor in tensors.items()
+        },
         folder,
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
         max_shard_size="10GB",

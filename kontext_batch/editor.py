@@ -106,8 +106,13 @@ def gate_model(
     from engine.pipeline import Approximation, KontextEngine
 
     try:
-        engine = KontextEngine.load(path, device=device, dtype=_torch_dtype(numeric_mode(device, dtype)))
         tried = SETTINGS if asked is None else [Approximation(*asked)]
+        engine = KontextEngine.load(
+            path,
+            device=device,
+            dtype=_torch_dtype(numeric_mode(device, dtype)),
+            approximation=max(tried, key=lambda each: each.keeps_context),  # the one that takes most memory
+        )
         return gate(engine, drawn_requests(engine, images, steps), tried)
     except EngineError as error:
         raise SettingsError(str(error)) from error
@@ -180,8 +185,15 @@ def needed_memory(path: Path, *, device: str, mode: str, rows: int) -> MemoryPla
     from engine.weights import find_model
 
     try:
-        chosen, dtype = choose_device(device), _torch_dtype(Mode.parse(mode).dtype)
-        return plan_for(find_model(path), chosen, memory=total_memory(chosen), dtype=dtype, rows=rows)
+        chosen, asked = choose_device(device), Mode.parse(mode)
+        return plan_for(
+            find_model(path),
+            chosen,
+            memory=total_memory(chosen),
+            dtype=_torch_dtype(asked.dtype),
+            rows=rows,
+            approximation=asked.approximation,
+        )
     except EngineError as error:
         raise SettingsError(str(error)) from error
 
@@ -209,7 +221,8 @@ class EngineEditor:
     batch_invariant: bool = False
     """Whether a picture is to be the same, bit for bit, whatever is sampled beside it."""
     _engine: KontextEngine | None = None
-    _loaded: tuple[str, str] | None = None
+    _loaded: tuple[str, str, bool] | None = None
+    """Model, dtype, and whether room for context that is kept was planned."""
     _adapted: tuple[tuple[str, float], ...] = field(default=())
 
     @contextmanager
@@ -239,7 +252,7 @@ class EngineEditor:
                 raise InfrastructureError(f"{kind} '{name}' is not registered on this worker: {add}")
         try:
             mode = Mode.parse(params["numeric_mode"])
-            wanted = (str(params["model"]), mode.dtype)
+            wanted = (str(params["model"]), mode.dtype, mode.approximation.keeps_context)
             if self._loaded != wanted or self._engine is None:
                 self._engine, self._adapted = None, ()
                 self._engine = KontextEngine.load(
@@ -247,6 +260,7 @@ class EngineEditor:
                     device=self.device,
                     dtype=_torch_dtype(mode.dtype),
                     max_rows=self.max_rows,
+                    approximation=mode.approximation,
                 )
                 self._loaded = wanted
             self._engine.batch_invariant = self.batch_invariant

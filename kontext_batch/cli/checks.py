@@ -284,22 +284,32 @@ def _models(file: Path) -> Iterator[Check]:
 
 
 def _device(settings: Settings) -> Check:
-    from kontext_batch.editor import chosen_device, numeric_mode
+    from kontext_batch.editor import chosen_device
 
     try:
         chosen = chosen_device(settings.device)
     except KontextBatchError as error:
         return Check("device", False, str(error), "set device to auto, or to one that is here")
-    mode = numeric_mode(settings.device, settings.dtype)
-    return Check("device", True, f"{chosen} (the setting is {settings.device}), computing in {mode}")
+    return Check("device", True, f"{chosen} (the setting is {settings.device}), computing in {_mode(settings)}")
+
+
+def _mode(settings: Settings) -> str:
+    from kontext_batch.editor import numeric_mode
+
+    return numeric_mode(
+        settings.device,
+        settings.dtype,
+        step_tolerance=settings.step_tolerance,
+        context_every=settings.context_every,
+    )
 
 
 def _memory(settings: Settings) -> Iterator[Check]:
     """Whether each registered model fits on the device; what is wrong with its files is told elsewhere."""
-    from kontext_batch.editor import needed_memory, numeric_mode
+    from kontext_batch.editor import needed_memory
     from kontext_batch.registry import Registry
 
-    mode = numeric_mode(settings.device, settings.dtype)
+    mode = _mode(settings)
     try:
         models = Registry.read(settings.models_file).models
     except KontextBatchError:

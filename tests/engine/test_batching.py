@@ -332,6 +332,15 @@ def test_the_batch_invariant_mode_keeps_places_apart(
     assert max(rows) == (16 + 16 + 32) * (1 if invariant else 3)  # target, context and text
 
 
+def test_what_a_full_session_refuses_is_not_in(tiny: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "max_rows", 1)
+    with tiny.session() as session:
+        session.admit(mixed()[0], "first")
+        with pytest.raises(AssertionError, match="full"):
+            session.admit(mixed()[1], "second")
+        assert (session.alive, session.free) == (1, 0)
+
+
 def test_equal_requests_in_one_batch_come_out_equal(tiny: KontextEngine) -> None:
     first, second, other = tiny.edit([mixed()[0], mixed()[0], replace(mixed()[0], seed=77)])
     assert worst(first.latents, second.latents) < 1e-6

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.fp8 import quantise
+from engine.fp8 import block_linears, quantise
 from engine.linear import FP8, Linear, LowRank, multiply_fp8, quantised
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.evaluate import psnr
+from engine.weights import TensorFiles, find_model, load_transformer
 from kontext_batch.registry import shipped_folder
 from tests.engine.test_packed import model
 from tests.engine.tiny import picture, worst
@@ -53,6 +54,41 @@ def test_the_linears_of_the_blocks_are_quantised_and_no_others() -> None:
     }
     assert {name.split(".", 2)[2] for name in fp8 if name.startswith("single")} == {"linear1", "linear2"}
     assert len(fp8) == 2 * 8 + 3 * 2
+
+
+def test_weights_are_quantised_as_they_are_loaded(bfl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two of one reader's are in bfloat16 at once, so that loading takes no more memory than what is loaded."""
+    files = find_model(bfl_folder)
+    wanted = load_transformer(files, device=torch.device("cpu"), dtype=torch.bfloat16)
+    quantise(wanted)
+    names = block_linears(wanted).keys()
+    waiting: list[str] = []
+    most = 0
+    get = TensorFiles.get
+
+    def got(files: TensorFiles, name: str) -> torch.Tensor:
+        nonlocal most
+        if name in names:
+            waiting.append(name)
+            most = max(most, len(waiting))
+        return get(files, name)
+
+    def done(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        waiting.pop()
+        return quantised(weight)
+
+    monkeypatch.setattr(TensorFiles, "get", got)
+    monkeypatch.setattr("engine.fp8.quantised", done)
+    monkeypatch.setattr("engine.weights.READERS", 1)
+    found = load_transformer(files, device=torch.device("cpu"), dtype=FP8)
+    assert most == 1
+    for name, linear in block_linears(found).items():
+        same = block_linears(wanted)[name]
+        assert torch.equal(linear.weight.view(torch.uint8), same.weight.view(torch.uint8)), name
+        assert linear.weight_scale is not None
+        assert same.weight_scale is not None
+        assert torch.equal(linear.weight_scale, same.weight_scale), name
+    assert {name for name, each in found.named_parameters() if each.dtype == FP8} == names
 
 
 def test_parts_of_a_linear_and_adapters_act_in_fp8_as_well() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from engine.gate import drawn_requests, gate
-from engine.pipeline import Approximation, KontextEngine
+from engine.pipeline import Approximation, EditRequest, EditResult, KontextEngine
 from engine.reuse import Velocities
 from kontext_batch.cli.main import app
 from kontext_batch.registry import shipped_folder
@@ -31,6 +33,22 @@ def test_settings_are_held_against_exact_images(shipped: KontextEngine) -> None:
         assert 20 < verdict.worst < 99  # near, and not the same
     assert told == [(done, 6) for done in range(1, 7)]
     assert shipped.approximation.exact
+
+
+def test_the_first_edit_of_an_arm_is_not_timed(shipped: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are chosen and compiled in it."""
+    met: list[Approximation] = []
+    edit = shipped.edit
+
+    def timed(requests: Sequence[EditRequest]) -> list[EditResult]:
+        new = shipped.approximation not in met
+        met.append(shipped.approximation)
+        return [replace(each, timings={"sample": 100.0 * len(met) if new else 1.0}) for each in edit(requests)]
+
+    monkeypatch.setattr(shipped, "edit", timed)
+    settings = (Approximation(step_tolerance=0.2), Approximation(context_every=2))
+    verdicts = gate(shipped, drawn_requests(shipped, 1, steps=2), settings)
+    assert [verdict.quicker for verdict in verdicts] == [1.0, 1.0]
 
 
 def test_a_setting_that_spoils_images_fails_the_gate(shipped: KontextEngine, monkeypatch: pytest.MonkeyPatch) -> None:

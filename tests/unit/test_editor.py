@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from kontext_batch.editor import EngineEditor, check_model, convert_model, count_tokens, numeric_mode, read_model
+from kontext_batch.editor import (
+    EngineEditor,
+    check_model,
+    convert_model,
+    count_tokens,
+    needed_memory,
+    numeric_mode,
+    read_model,
+)
 from kontext_batch.errors import OutOfMemory, SettingsError, StepError
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
 
@@ -129,6 +137,17 @@ def test_numeric_mode_without_a_gpu() -> None:
     assert numeric_mode("cuda:1", "auto") == "bfloat16"
     assert numeric_mode("cuda", "float32") == "float32"
     assert numeric_mode("cuda", "float8", step_tolerance=0.05, context_every=4) == "float8+steps=0.05+context=4"
+
+
+def test_an_engine_is_planned_for_the_contexts_that_it_keeps(model: Path) -> None:
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu")
+    exact = editor._loaded_for(job().params)
+    assert editor._loaded_for(job(numeric_mode="float32+steps=0.1").params) is exact
+    keeping = editor._loaded_for(job(numeric_mode="float32+context=2").params)
+    assert keeping is not exact
+    assert editor._loaded_for(job(numeric_mode="float32+context=4").params) is keeping
+    one, other = (needed_memory(model, device="cpu", mode=f"float32{mode}", rows=1).row for mode in ("", "+context=2"))
+    assert other > one
 
 
 def test_canvases_are_padded_or_cropped_never_stretched(editor: EngineEditor) -> None:

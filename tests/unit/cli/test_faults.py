@@ -187,6 +187,15 @@ def test_doctor_says_which_device_computes(
     assert re.search(rf"^ok   device: (cuda|mps|cpu) \(the setting is {setting}\)", capsys.readouterr().out, re.M)
 
 
+def test_doctor_says_what_is_approximate(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"DEVICE": "cpu", "STEP_TOLERANCE": "0.05", "CONTEXT_EVERY": "4"}.items():
+        monkeypatch.setenv(f"KONTEXT_BATCH_{name}", value)
+    main.main(["doctor"])
+    assert "computing in float32+steps=0.05+context=4\n" in capsys.readouterr().out
+
+
 def test_doctor_finds_a_device_that_is_not_there(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KONTEXT_BATCH_DEVICE", "nonsense")
     assert main.main(["doctor"]) == 1
