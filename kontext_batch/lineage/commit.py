@@ -150,14 +150,18 @@ def _record_batch(conn: sa.Connection, batch: BatchRecord) -> int:
 def _members(conn: sa.Connection, batch: BatchRecord, batch_id: int) -> list[sa.Insert]:
     """All of them, those with a stale token too: how a batch was composed explains its pixels."""
     rows = [
-        {"step_id": each.step_id, "joined": each.joined, "left": each.left}
+        {"step_id": each.step_id, "joined": each.joined, "left": each.left, "place": each.place}
         for each in {each.step_id: each for each in batch.members}.values()
     ]
     if not rows:
         return []
     return [
         insert_rows(
-            conn, t.batch_members, ("step_id", "joined", "left"), rows, batch_id=sa.literal(batch_id, sa.Integer)
+            conn,
+            t.batch_members,
+            ("step_id", "joined", "left", "place"),
+            rows,
+            batch_id=sa.literal(batch_id, sa.Integer),
         )
     ]
 

@@ -102,7 +102,7 @@ def batch(conn: sa.Connection, batch_id: int) -> BatchRow:
         libraries=row.libraries,
         committed=row.committed,
         members=tuple(
-            BatchMemberRow(each.step_id, each.key, each.joined, each.left, each.outcome, each.timings or {})
+            BatchMemberRow(each.step_id, each.key, each.joined, each.left, each.place, each.outcome, each.timings or {})
             for each in members
         ),
     )

@@ -15,6 +15,7 @@ from kontext_batch.lineage.inbox import taken_by
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.schedules import started_by
 from kontext_batch.lineage.sql import UtcTime, among, axes_text, bulk_insert, now
+from kontext_batch.planning.params import materials
 from kontext_batch.planning.plan import Plan, PlannedStep
 from kontext_batch.planning.states import LIVE, RunState, StepState
 from kontext_batch.ports import NewRun
@@ -162,6 +163,12 @@ def _insert_steps(conn: sa.Connection, run_id: int, new: Sequence[tuple[int, Pla
         t.step_params,
         ("step_id", "params"),
         [(step_id, canonical_json(step.params)) for step_id, step, _ in new],
+    )
+    bulk_insert(
+        conn,
+        t.step_materials,
+        ("sha256", "step_id", "kind"),
+        [(sha256, step_id, kind) for step_id, step, _ in new for sha256, kind in materials(step.params).items()],
     )
 
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage.sql import AxesText, UtcTime, in_state
 from kontext_batch.planning.states import LIVE, StepState
 
-REVISION = "0008"
+REVISION = "0009"
 """The migration that makes these tables."""
 
 metadata = sa.MetaData(
@@ -124,6 +124,16 @@ step_sources = sa.Table(
     sqlite_with_rowid=False,
 )
 
+# Weights that a step is computed with.
+step_materials = sa.Table(
+    "step_materials",
+    metadata,
+    sa.Column("sha256", sa.Text, primary_key=True),
+    _ref("step_id", "steps.id", primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),  # model, adapter
+    sqlite_with_rowid=False,
+)
+
 edges = sa.Table(
     "edges",
     metadata,
@@ -163,7 +173,9 @@ artifacts = sa.Table(
     sa.Column("width", sa.Integer, nullable=False),
     sa.Column("height", sa.Integer, nullable=False),
     sa.Column("created", UtcTime, nullable=False),
-    sa.Column("collected_at", UtcTime),  # its bytes were removed to save space; the row stays for the lineage
+    sa.Column("collected_at", UtcTime),  # its bytes were removed; the row stays for the lineage
+    sa.Column("verified", UtcTime),  # when its bytes were last read and compared with its hash
+    sa.Column("problem", sa.Text),  # what was found then; NULL: nothing
     sa.Index(None, "uri"),
 )
 
@@ -223,6 +235,7 @@ batch_members = sa.Table(
     _ref("step_id", "steps.id", primary_key=True),
     sa.Column("joined", sa.Integer, nullable=False),  # denoise step of the batch
     sa.Column("left", sa.Integer, nullable=False),
+    sa.Column("place", sa.Integer),  # how many had joined the batch before it
     sa.Index(None, "step_id"),
     sqlite_with_rowid=False,
 )
@@ -281,11 +294,15 @@ deliveries = sa.Table(
     sa.Column("delivered", UtcTime),
     sa.Column("claimed_by", sa.Text),  # the worker that is about to bring it, until then
     sa.Column("claimed_until", UtcTime),
+    sa.Column("file_sha256", sa.Text),  # of what lies at `delivered_path`, where that is more than the artifact: signed
+    sa.Column("withdrawn", UtcTime),  # its file was taken away
     sa.UniqueConstraint("run_id", "path"),
     sa.ForeignKeyConstraint(["run_id", "ordinal"], ["run_steps.run_id", "run_steps.ordinal"]),
     sa.Index(None, "run_id", "state"),
     sa.Index(None, "step_id"),
 )
+_signed = deliveries.c.file_sha256.is_not(None)
+sa.Index("ix_deliveries_file_sha256", deliveries.c.file_sha256, sqlite_where=_signed, postgresql_where=_signed)
 _held = deliveries.c.claimed_by.is_not(None)
 sa.Index("ix_deliveries_claimed", deliveries.c.claimed_by, sqlite_where=_held, postgresql_where=_held)
 _pending = deliveries.c.state == sa.literal_column("'pending'")
@@ -427,4 +444,33 @@ audit = sa.Table(
     sa.Column("subject", sa.Text, nullable=False),  # `run:12`, `schedule:nightly`, ...
     sa.Column("details", sa.JSON, nullable=False),
     sa.Index(None, "subject"),
+)
+
+# What `gc` may not take.
+holds = sa.Table(
+    "holds",
+    metadata,
+    _id(),
+    sa.Column("subject", sa.Text, nullable=False),  # `run:12`, `step:7`, `photo:<sha256>`
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("placed", UtcTime, nullable=False),
+    sa.Column("released", UtcTime),  # the row stays for whoever asks what was held
+)
+_standing = holds.c.released.is_(None)
+sa.Index("uq_holds_subject", holds.c.subject, unique=True, sqlite_where=_standing, postgresql_where=_standing)
+
+# What was taken down for good, the photo itself included: no plan reads it, no worker makes it again.
+tombstones = sa.Table(
+    "tombstones",
+    metadata,
+    sa.Column("sha256", sa.Text, primary_key=True),
+    sa.Column("uri", sa.Text, primary_key=True),  # where it lay
+    sa.Column("source", sa.Text, nullable=False),  # sha256 of the photo that was forgotten
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("deleted", UtcTime),  # when its object was gone
+    sa.Index(None, "source"),
+    sqlite_with_rowid=False,
 )

@@ -96,6 +96,14 @@ def input_identity(each: StepInput) -> str:
     return each.parent
 
 
+def materials(params: Mapping[str, Any]) -> Mapping[str, str]:
+    """sha256 of the weights that a step is computed with -> `model` or `adapter`."""
+    found = {each["sha256"]: "adapter" for each in params.get("adapters") or ()}
+    if params.get("model_sha256"):
+        found[params["model_sha256"]] = "model"
+    return found
+
+
 def lane_of(operation: str, params: Mapping[str, Any]) -> str:
     """What a worker must have loaded to compute the step: `edit/<model>/<sha256>/<adapters>/<numeric mode>`."""
     if operation not in SAMPLING:

@@ -91,6 +91,8 @@ class BatchMemberRow:
     joined: int
     """Denoise step of the batch."""
     left: int
+    place: int | None
+    """How many had joined before it; None where that was not recorded."""
     outcome: str | None
     timings: Mapping[str, float]
 

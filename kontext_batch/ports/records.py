@@ -205,6 +205,8 @@ class BatchMember:
     step_id: int
     joined: int
     left: int
+    place: int = 0
+    """How many had joined the batch before it: with `joined` the order of its rows."""
 
 
 @dataclass(frozen=True, slots=True)

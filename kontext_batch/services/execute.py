@@ -121,7 +121,7 @@ class Executor:
                 finished.append(made)
         self.announce(finished)
         results.extend(self.put(each) for each in finished)
-        members = tuple(BatchMember(step.id, 0, 1) for step in steps)
+        members = tuple(BatchMember(step.id, 0, 1, place) for place, step in enumerate(steps))
         return self.commit(replace(self.record(steps[0]), members=members), steps[0].lane, results)
 
     def load(self, step: LeasedStep) -> Loaded | StepFailed:

@@ -29,6 +29,8 @@ class Row:
 
     loaded: Loaded
     joined: int
+    place: int
+    """How many had joined the batch before it."""
     seconds: float = 0.0
     """Its share of what the device sampled."""
 
@@ -102,8 +104,8 @@ class Sampler:
             if self.ending() or (step.id, step.token) in self.unwanted():
                 self._give_back([step])
                 continue
+            self.rows[step.id] = Row(loaded, batch.clock, len(batch.joined))
             batch.joined.add(step.id)
-            self.rows[step.id] = Row(loaded, batch.clock)
             try:
                 with _device():
                     session.admit(step.id, loaded.prepared)
@@ -147,7 +149,7 @@ class Sampler:
     def _left(self, row: Row, batch: Batch, result: SampledPicture | StepFailed) -> Left:
         if row.joined == batch.clock:
             return Left(row.step, result, row.timings)
-        return Left(row.step, result, row.timings, batch, BatchMember(row.step.id, row.joined, batch.clock))
+        return Left(row.step, result, row.timings, batch, BatchMember(row.step.id, row.joined, batch.clock, row.place))
 
     def _failure(self, step: LeasedStep, error: Exception, rows: int = 1) -> StepFailed:
         """Of a step that was one of so many rows."""

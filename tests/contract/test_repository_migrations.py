@@ -107,6 +107,26 @@ def test_steps_of_an_older_database_get_their_account(empty_database_url: str) -
     close_database(engine)
 
 
+def test_steps_of_an_older_database_get_their_materials(empty_database_url: str) -> None:
+    migrate.upgrade(empty_database_url, "0008")
+    engine = open_database(empty_database_url)
+    with begin_writing(engine) as conn:
+        for step_id, params in (
+            (1, '{"model_sha256": "m", "adapters": [{"name": "a", "sha256": "x"}, {"name": "b", "sha256": "y"}]}'),
+            (2, '{"format": "png"}'),
+        ):
+            conn.exec_driver_sql(
+                "INSERT INTO steps (id, key, operation, lane, state, deps_left, asked, attempts, losses, lease_token)"
+                f" VALUES ({step_id}, 'k{step_id}', 'edit', 'l', 'done', 0, 1, 0, 0, 0)"
+            )
+            conn.exec_driver_sql(f"INSERT INTO step_params (step_id, params) VALUES ({step_id}, '{params}')")
+    migrate.upgrade(empty_database_url)
+    with engine.begin() as conn:
+        rows = conn.exec_driver_sql("SELECT sha256, step_id, kind FROM step_materials ORDER BY sha256").all()
+    assert [tuple(row) for row in rows] == [("m", 1, "model"), ("x", 1, "adapter"), ("y", 1, "adapter")]
+    close_database(engine)
+
+
 def test_check_says_what_to_do(empty_database_url: str) -> None:
     assert migrate.current(empty_database_url) is None
     with pytest.raises(SettingsError, match="db upgrade"):

@@ -203,6 +203,10 @@ def test_the_lineage_tells_who_was_in_which_denoise_step(bench: Bench) -> None:
         for clock in range(len(bench.editor.seen))
     ]
     assert told == bench.editor.seen
+    batch_id = bench.repository.attempts(bench.rows()["s0"].id)[-1].batch_id
+    assert batch_id is not None
+    in_order = sorted(bench.repository.batch(batch_id).members, key=lambda each: (each.joined, each.place))
+    assert [each.place for each in in_order] == list(range(len(graph)))
 
 
 @pytest.mark.parametrize(("invariant", "mode"), [(True, "exact+batch-invariant"), (False, "exact")])
