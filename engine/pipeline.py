@@ -27,6 +27,7 @@ from engine.config import ModelConfig
 from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
 from engine.fp8 import quantise
 from engine.kept import Kept
+from engine.kernels import Kernels, kernels_for
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
 from engine.linear import FP8
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
@@ -63,6 +64,7 @@ class KontextEngine:
         text: TextEncoder,
         device: torch.device,
         max_rows: int = DEFAULT_MAX_ROWS,
+        kernels: Kernels | None = None,
     ) -> None:
         self.config = config
         self.transformer = transformer
@@ -71,6 +73,8 @@ class KontextEngine:
         self.device = device
         self.max_rows = max_rows
         """Most rows alive at once."""
+        self.kernels = kernels or kernels_for(device)
+        """What runs between linears and attention."""
         self.max_tokens = DEFAULT_MAX_TOKENS
         """Most tokens of one forward pass: bounds the memory of a step."""
         self.batch_invariant = False
@@ -94,21 +98,24 @@ class KontextEngine:
         text_length: int | None = None,
         config: ModelConfig | Mapping[str, Any] | None = None,
         max_rows: int = DEFAULT_MAX_ROWS,
+        compiled: bool = False,
     ) -> Self:
         """Load a diffusers folder, or a folder with BFL files, strictly; quantised weights (fp8, GGUF) become `dtype`.
 
         `device`: `auto` takes cuda, mps or cpu, in that order. `dtype` of transformer and text encoders: bfloat16 on
         cuda, else float32; float8_e4m3fn is bfloat16 with the linears of the blocks in fp8. The autoencoder is float32.
         `text_length`: T5 tokens of every prompt; left out, the tokenizer's own when at most 512, else 512. `config`:
-        sizes of BFL files, else their `config.json`, else Kontext-dev. On cuda the text encoders stay on the CPU, and
-        fewer than `max_rows` rows are taken at once, when the device's memory is short (see `engine.memory`). Raises
-        `WeightsError` and `ConfigError`.
+        sizes of BFL files, else their `config.json`, else Kontext-dev. `compiled`: torch.compile makes what runs
+        between linears and attention, at the first requests; last bits differ. On cuda the text encoders stay on the
+        CPU, and fewer than `max_rows` rows are taken at once, when the device's memory is short (see `engine.memory`).
+        Raises `WeightsError` and `ConfigError`.
         """
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
         in_fp8, kind = kind == FP8, torch.bfloat16 if kind == FP8 else kind
         if in_fp8 and not _multiplies_fp8(chosen):
             raise ConfigError(f"float8 is not to be had on {chosen}: it needs compute capability 8.9; take bfloat16")
+        kernels = kernels_for(chosen, compiled=compiled)
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
         text_device, max_rows = _placed(files, chosen, kind, max_rows)
@@ -122,6 +129,7 @@ class KontextEngine:
             text=TextEncoder.load(files, device=text_device, dtype=kind, text_length=text_length),
             device=chosen,
             max_rows=max_rows,
+            kernels=kernels,
         )
 
     def save(self, path: str | Path) -> None:

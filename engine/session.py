@@ -51,7 +51,7 @@ class Session(Generic[Tag]):
 
     def __init__(self, engine: KontextEngine) -> None:
         self._engine = engine
-        forward = partial(velocities, engine.transformer, apart=engine.batch_invariant)
+        forward = partial(velocities, engine.transformer, apart=engine.batch_invariant, kernels=engine.kernels)
         self._batch = Batch(forward, engine.max_rows, engine.max_tokens)
         self._alive: dict[Row, _Job[Tag]] = {}
         self.steps_taken = 0

@@ -141,27 +141,34 @@ def count_tokens(folder: Path, prompt: str) -> int:
     return len(_t5_tokenizer(folder).encode(prompt).ids)
 
 
-def chosen_device(device: str) -> str:
-    """The device that the engine takes for this setting: `cuda`, `mps`, `cpu`, ... Raises `SettingsError`."""
+def chosen_device(device: str, *, compiled: bool) -> str:
+    """The device that the engine takes for this setting: `cuda`, `mps`, `cpu`, ... Raises `SettingsError`, also where
+    kernels are to be compiled and cannot be.
+    """
     from engine.errors import EngineError
+    from engine.kernels import kernels_for
     from engine.pipeline import choose_device
 
     try:
-        return str(choose_device(device))
+        chosen = choose_device(device)
+        kernels_for(chosen, compiled=compiled)
+        return str(chosen)
     except EngineError as error:
         raise SettingsError(str(error)) from error
 
 
-def numeric_mode(device: str, dtype: DType, *, step_tolerance: float = 0.0, context_every: int = 1) -> str:
-    """What results depend on: the dtype as set, else bfloat16 where a CUDA device will be used, else float32; and what
-    approximate sampling leaves out.
+def numeric_mode(
+    device: str, dtype: DType, *, step_tolerance: float = 0.0, context_every: int = 1, compiled: bool = False
+) -> str:
+    """What results depend on: the dtype as set, else bfloat16 where a CUDA device will be used, else float32; whether
+    kernels are compiled; and what approximate sampling leaves out.
     """
     from engine.modes import Approximation, Mode
 
     if dtype == "auto":
         cuda = device.startswith("cuda") or (device == "auto" and _has_cuda())
         dtype = "bfloat16" if cuda else "float32"
-    return str(Mode(dtype, Approximation(step_tolerance, context_every)))
+    return str(Mode(dtype, Approximation(step_tolerance, context_every), compiled))
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -209,7 +216,7 @@ class EngineEditor:
     batch_invariant: bool = False
     """Whether a picture is to be the same, bit for bit, whatever is sampled beside it."""
     _engine: KontextEngine | None = None
-    _loaded: tuple[str, str] | None = None
+    _loaded: tuple[str, str, bool] | None = None
     _adapted: tuple[tuple[str, float], ...] = field(default=())
 
     @contextmanager
@@ -239,7 +246,7 @@ class EngineEditor:
                 raise InfrastructureError(f"{kind} '{name}' is not registered on this worker: {add}")
         try:
             mode = Mode.parse(params["numeric_mode"])
-            wanted = (str(params["model"]), mode.dtype)
+            wanted = (str(params["model"]), mode.dtype, mode.compiled)
             if self._loaded != wanted or self._engine is None:
                 self._engine, self._adapted = None, ()
                 self._engine = KontextEngine.load(
@@ -247,6 +254,7 @@ class EngineEditor:
                     device=self.device,
                     dtype=_torch_dtype(mode.dtype),
                     max_rows=self.max_rows,
+                    compiled=mode.compiled,
                 )
                 self._loaded = wanted
             self._engine.batch_invariant = self.batch_invariant

@@ -148,6 +148,7 @@ class Application:
                 self.settings.dtype,
                 step_tolerance=self.settings.step_tolerance,
                 context_every=self.settings.context_every,
+                compiled=self.settings.compile,
             ),
             default_seconds=self.settings.gpu_seconds_per_image,
             max_instances=self.settings.max_steps,

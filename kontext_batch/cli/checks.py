@@ -287,10 +287,11 @@ def _device(settings: Settings) -> Check:
     from kontext_batch.editor import chosen_device, numeric_mode
 
     try:
-        chosen = chosen_device(settings.device)
+        chosen = chosen_device(settings.device, compiled=settings.compile)
     except KontextBatchError as error:
-        return Check("device", False, str(error), "set device to auto, or to one that is here")
-    mode = numeric_mode(settings.device, settings.dtype)
+        advice = "set device to auto, or to one that is here, and compile only where there is a compiler"
+        return Check("device", False, str(error), advice)
+    mode = numeric_mode(settings.device, settings.dtype, compiled=settings.compile)
     return Check("device", True, f"{chosen} (the setting is {settings.device}), computing in {mode}")
 
 

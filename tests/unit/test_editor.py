@@ -129,6 +129,7 @@ def test_numeric_mode_without_a_gpu() -> None:
     assert numeric_mode("cuda:1", "auto") == "bfloat16"
     assert numeric_mode("cuda", "float32") == "float32"
     assert numeric_mode("cuda", "float8", step_tolerance=0.05, context_every=4) == "float8+steps=0.05+context=4"
+    assert numeric_mode("cpu", "auto", compiled=True) == "float32+compiled"
 
 
 def test_canvases_are_padded_or_cropped_never_stretched(editor: EngineEditor) -> None:
@@ -235,9 +236,19 @@ def test_modes_are_read_as_they_are_written() -> None:
         Mode("bfloat16", Approximation(step_tolerance=0.05)),
         Mode("float8", Approximation(context_every=4)),
         Mode("bfloat16", Approximation(0.125, 2)),
+        Mode("float32", compiled=True),
+        Mode("bfloat16", Approximation(0.125, 2), compiled=True),
     ):
         assert Mode.parse(str(mode)) == mode
-    for unknown in ("float12", "float32+steps", "float32+steps=2", "bfloat16+context=0", "float32+tea=1", ""):
+    for unknown in (
+        "float12",
+        "float32+steps",
+        "float32+steps=2",
+        "bfloat16+context=0",
+        "float32+tea=1",
+        "compiled",
+        "",
+    ):
         with pytest.raises(ConfigError):
             Mode.parse(unknown)
 
@@ -253,6 +264,22 @@ def test_the_mode_of_a_lane_is_what_the_engine_samples_in(model: Path) -> None:
     assert editor.describe()["batch_invariant"] is True
     with pytest.raises(StepError, match="not known here"):
         edit(editor, [job(numeric_mode="float32+tea=1")])
+
+
+def test_a_lane_of_compiled_kernels_loads_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.kernels import kernels_for
+    from engine.kernels.compiled import Compiled
+    from engine.kernels.plain import Plain
+
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu")
+    for mode, kind in (("float32+compiled", Compiled), ("float32", Plain)):
+        with editor.session(job(numeric_mode=mode).params):
+            assert editor._engine is not None
+            assert isinstance(editor._engine.kernels, kind)
+    kernels_for.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(StepError, match="install no-such-compiler"):
+        edit(editor, [job(numeric_mode="float32+compiled")])
 
 
 def test_a_picture_is_the_same_whatever_is_sampled_beside_it(model: Path) -> None:
