@@ -79,6 +79,8 @@ class KontextEngine:
         """Most tokens of one forward pass: bounds the memory of a step."""
         self.batch_invariant = False
         """Whether a result is to be the same, bit for bit, whatever else is in the batch."""
+        self.cuda_graphs = False
+        """Whether, on cuda, small passes of unchanged rows are launched whole (`engine.graphs`)."""
         self.approximation: Approximation = EXACT
         """What may be left out of sampling; the default is exact."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})

@@ -215,6 +215,7 @@ class EngineEditor:
     max_pixels: int = 100_000_000
     batch_invariant: bool = False
     """Whether a picture is to be the same, bit for bit, whatever is sampled beside it."""
+    cuda_graphs: bool = False
     _engine: KontextEngine | None = None
     _loaded: tuple[str, str, bool] | None = None
     _adapted: tuple[tuple[str, float], ...] = field(default=())
@@ -258,6 +259,7 @@ class EngineEditor:
                 )
                 self._loaded = wanted
             self._engine.batch_invariant = self.batch_invariant
+            self._engine.cuda_graphs = self.cuda_graphs
             self._engine.approximation = mode.approximation
             if self._adapted != adapters:
                 self._engine.unload_adapters()

@@ -40,9 +40,12 @@ class Rows:
     @cached_property
     def index(self) -> Tensor:
         """The row of each token, (tokens,) int32, for rows that lie one after another."""
-        counts = torch.tensor([each.stop - each.start for each in self.slices])
-        rows = torch.repeat_interleave(torch.arange(len(self.slices), dtype=torch.int32), counts)
-        return rows.to(self._device, non_blocking=True)
+        # Made on the device: a copy from the host could be part of no CUDA graph.
+        parts = [
+            torch.full((each.stop - each.start,), row, dtype=torch.int32, device=self._device)
+            for row, each in enumerate(self.slices)
+        ]
+        return torch.cat(parts)
 
 
 class Kernels(Protocol):

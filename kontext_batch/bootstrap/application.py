@@ -176,6 +176,7 @@ class Application:
             max_rows=self.settings.batch_rows,
             max_pixels=self.settings.max_pixels,
             batch_invariant=self.settings.batch_invariant,
+            cuda_graphs=self.settings.cuda_graphs,
         )
         info = WorkerInfo(
             id=f"{socket.gethostname()}-{process.pid}-{uuid.uuid4().hex[:8]}",

@@ -254,13 +254,14 @@ def test_modes_are_read_as_they_are_written() -> None:
 
 
 def test_the_mode_of_a_lane_is_what_the_engine_samples_in(model: Path) -> None:
-    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu", batch_invariant=True)
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu", batch_invariant=True, cuda_graphs=True)
     for text, tolerance, every in (("float32", 0.0, 1), ("float32+steps=0.1+context=2", 0.1, 2), ("float32", 0.0, 1)):
         edit(editor, [job(numeric_mode=text)])
         engine = editor._engine
         assert engine is not None
         assert (engine.approximation.step_tolerance, engine.approximation.context_every) == (tolerance, every)
         assert engine.batch_invariant
+        assert engine.cuda_graphs
     assert editor.describe()["batch_invariant"] is True
     with pytest.raises(StepError, match="not known here"):
         edit(editor, [job(numeric_mode="float32+tea=1")])
