@@ -148,6 +148,7 @@ class Application:
                 self.settings.dtype,
                 step_tolerance=self.settings.step_tolerance,
                 context_every=self.settings.context_every,
+                compiled=self.settings.compile,
             ),
             default_seconds=self.settings.gpu_seconds_per_image,
             max_instances=self.settings.max_steps,
@@ -175,6 +176,7 @@ class Application:
             max_rows=self.settings.batch_rows,
             max_pixels=self.settings.max_pixels,
             batch_invariant=self.settings.batch_invariant,
+            cuda_graphs=self.settings.cuda_graphs,
         )
         info = WorkerInfo(
             id=f"{socket.gethostname()}-{process.pid}-{uuid.uuid4().hex[:8]}",
