@@ -23,6 +23,8 @@ import typer.core
 from kontext_batch.cli import (
     admin,
     export,
+    forget,
+    holds,
     inbox,
     models,
     output,
@@ -37,6 +39,7 @@ from kontext_batch.cli import (
 )
 from kontext_batch.errors import (
     AuthorError,
+    Held,
     KontextBatchError,
     ObjectChanged,
     ObjectNotFound,
@@ -80,6 +83,7 @@ for command in (
     steps.lineage,
     workspace.doctor,
     workspace.gc,
+    forget.forget,
 ):
     app.command()(command)
 runs.app.command()(export.export)
@@ -98,6 +102,7 @@ for noun in (
     workspace.workers,
     workspace.db,
     admin.audit,
+    holds.app,
 ):
     app.add_typer(noun)
 
@@ -137,7 +142,7 @@ def exit_code(error: BaseException) -> int:
     """Which code an error ends the process with."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, PlanRefused | ObjectChanged):
+    if isinstance(error, PlanRefused | ObjectChanged | Held):
         return 5
     if isinstance(error, StorageFull | StorageReadOnly | StepError):
         return 3

@@ -15,6 +15,7 @@ from kontext_batch.lineage.inbox import taken_by
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.schedules import started_by
 from kontext_batch.lineage.sql import UtcTime, among, axes_text, bulk_insert, now
+from kontext_batch.lineage.takedown import refuse_forgotten
 from kontext_batch.planning.params import materials
 from kontext_batch.planning.plan import Plan, PlannedStep
 from kontext_batch.planning.states import LIVE, RunState, StepState
@@ -35,6 +36,7 @@ def create_run(
     drop: tuple[int, int] | None = None,
 ) -> int:
     lock_graph(conn, alone=True)
+    refuse_forgotten(conn, plan)
     run_id = _insert_run(conn, run)
     if fire is not None and not started_by(conn, *fire, run_id):
         raise LeaseLost("another process has taken over this time of the schedule")

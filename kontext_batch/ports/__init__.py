@@ -70,6 +70,7 @@ from kontext_batch.ports.records import (
 from kontext_batch.ports.repository import (
     Repository,
 )
+from kontext_batch.ports.retention import DescendedDelivery, Descent, Hold, Retention, Tombstone
 
 __all__ = [
     "LINK_SECONDS",
@@ -83,12 +84,15 @@ __all__ = [
     "BatchRow",
     "CommitReport",
     "ContentFilter",
+    "DescendedDelivery",
+    "Descent",
     "EditJob",
     "EditSession",
     "Editor",
     "ExportedDelivery",
     "ExportedInstance",
     "Folder",
+    "Hold",
     "InHand",
     "InputRecord",
     "LeasedStep",
@@ -112,6 +116,7 @@ __all__ = [
     "Ready",
     "ReconcileReport",
     "Repository",
+    "Retention",
     "RunFigures",
     "RunSummary",
     "SampledPicture",
@@ -125,6 +130,7 @@ __all__ = [
     "StepResult",
     "StepRow",
     "StoredInstance",
+    "Tombstone",
     "WakeUps",
     "WorkerInfo",
     "WorkerRow",
