@@ -22,6 +22,7 @@ import typer.core
 
 from kontext_batch.cli import (
     admin,
+    archives,
     export,
     forget,
     holds,
@@ -84,8 +85,10 @@ for command in (
     workspace.doctor,
     workspace.gc,
     forget.forget,
+    archives.export,
 ):
     app.command()(command)
+app.command("import")(archives.import_)
 runs.app.command()(export.export)
 workspace.workers.command("list")(admin.list_workers)
 workspace.workers.command()(admin.drain)

@@ -1,12 +1,12 @@
-"""`ports.Retention` over a database: each method is one transaction of the function that bears its name."""
+"""`ports.Retention` and `ports.Archives` over a database: a method is one transaction of the function of its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import audit, garbage, holds, takedown
+from kontext_batch.lineage import archives, audit, garbage, holds, takedown
 from kontext_batch.lineage.engine import Transactions
-from kontext_batch.ports import Act, Artifact, Descent, Hold, Tombstone
+from kontext_batch.ports import Act, Artifact, Descent, Hold, Imported, Row, Sections, Tombstone
 
 
 class SqlRetention:
@@ -74,3 +74,27 @@ class SqlRetention:
 
     def withdraw(self) -> int:
         return self._db.write(takedown.withdraw)
+
+
+class SqlArchives:
+    """Part of `SqlRepository`, which opens the database."""
+
+    _db: Transactions
+
+    def archived(self, run_id: int, section: str) -> Iterator[Row]:
+        found = self._db.read(archives.page, run_id, section, -1)
+        while found:
+            yield from found
+            found = self._db.read(archives.page, run_id, section, found[-1]["id"])
+
+    def import_run(self, sections: Sections, uri_of: Callable[[str, str], str], *, by: Act) -> Imported:
+        return self._db.write(archives.import_and_note, sections, uri_of, by)
+
+    def missing_artifacts(self, sha256s: Iterator[str]) -> Mapping[str, str]:
+        return self._db.read(archives.missing_artifacts, sha256s)
+
+    def announce_artifact(self, sha256: str) -> None:
+        self._db.write(archives.announce_artifact, sha256)
+
+    def restore_artifact(self, sha256: str, put: Callable[[str], None]) -> bool:
+        return self._db.write(archives.restore_artifact, sha256, put)

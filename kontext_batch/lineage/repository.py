@@ -23,7 +23,7 @@ from kontext_batch.lineage import (
     workers,
 )
 from kontext_batch.lineage.engine import Transactions, open_database
-from kontext_batch.lineage.keeping import SqlRetention
+from kontext_batch.lineage.keeping import SqlArchives, SqlRetention
 from kontext_batch.lineage.verify import Violation, verify
 from kontext_batch.planning.events import ClaimedSend, Webhook, WebhookRow
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropRow, DropState, NewDrop
@@ -61,7 +61,7 @@ from kontext_batch.ports import (
 )
 
 
-class SqlRepository(SqlRetention):
+class SqlRepository(SqlRetention, SqlArchives):
     """Implements `ports.Repository`. Threads may share it; a forked process makes its own. Close it at the end."""
 
     def __init__(self, url: str) -> None:

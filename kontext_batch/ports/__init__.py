@@ -15,6 +15,7 @@ from kontext_batch.ports.admin import (
     RunFigures,
     WorkerRow,
 )
+from kontext_batch.ports.archives import SECTIONS, Archives, Imported, Row, Sections
 from kontext_batch.ports.computing import (
     ContentFilter,
     EditJob,
@@ -74,7 +75,9 @@ from kontext_batch.ports.retention import DescendedDelivery, Descent, Hold, Rete
 
 __all__ = [
     "LINK_SECONDS",
+    "SECTIONS",
     "Act",
+    "Archives",
     "Artifact",
     "AttemptRow",
     "AuditRow",
@@ -93,6 +96,7 @@ __all__ = [
     "ExportedInstance",
     "Folder",
     "Hold",
+    "Imported",
     "InHand",
     "InputRecord",
     "LeasedStep",
@@ -117,9 +121,11 @@ __all__ = [
     "ReconcileReport",
     "Repository",
     "Retention",
+    "Row",
     "RunFigures",
     "RunSummary",
     "SampledPicture",
+    "Sections",
     "SettledDelivery",
     "Share",
     "SourceInput",

@@ -11,6 +11,7 @@ from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports.admin import Act, AuditRow, BatchRow, ExportedInstance, Orders, RunFigures, WorkerRow
+from kontext_batch.ports.archives import Archives
 from kontext_batch.ports.records import (
     Artifact,
     AttemptRow,
@@ -35,7 +36,7 @@ from kontext_batch.ports.records import (
 from kontext_batch.ports.retention import Retention
 
 
-class Repository(Retention, Protocol):
+class Repository(Retention, Archives, Protocol):
     """The database. Every method is one transaction; all times are the database's own.
 
     `by`: the person's act that a change is, written down in the same transaction when something changed; None for what
