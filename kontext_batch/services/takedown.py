@@ -42,7 +42,7 @@ def which_photo(repository: Repository, store: ObjectStore, text: str, *, data: 
 
     `uri`: of the place. Raises `ObjectNotFound` for what this workspace knows nothing of.
     """
-    if uri is None and _SHA256.fullmatch(text):
+    if data is None and _SHA256.fullmatch(text):
         if not (repository.descent(text).uris or repository.forgotten([text])):
             raise ObjectNotFound(f"{text}: no photo of that sha256 was seen here")
         return Photo(text, None)
