@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from kontext_batch.errors import ObjectNotFound, SettingsError
+from kontext_batch.errors import BadArchive, ObjectNotFound, SettingsError
 from kontext_batch.hashing import content_hash
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.audit import note
@@ -279,8 +279,11 @@ def import_run(conn: sa.Connection, sections: Sections, uri_of: Callable[[str, s
 
 
 def import_and_note(conn: sa.Connection, sections: Sections, uri_of: Callable[[str, str], str], by: Act) -> Imported:
-    """`import_run`, written down where it has changed something."""
-    done = import_run(conn, sections, uri_of)
+    """`import_run`, written down where it has changed something. Raises `BadArchive`."""
+    try:
+        done = import_run(conn, sections, uri_of)
+    except (sa.exc.IntegrityError, sa.exc.DataError) as error:
+        raise BadArchive(f"its rows contradict one another ({error.orig}); nothing was imported") from error
     if not done.known or done.new_steps:
         note(conn, by, f"run:{done.run_id}")
     return done

@@ -18,12 +18,12 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, BinaryIO, TypeGuard
 from urllib.parse import unquote
 
-from kontext_batch.errors import BadArchive, NotAllowed, ObjectChanged, ObjectNotFound, StepError
+from kontext_batch.errors import BadArchive, KontextBatchError, NotAllowed, ObjectChanged, ObjectNotFound, StepError
 from kontext_batch.hashing import canonical_json, sha256_hex
 from kontext_batch.planning import uris
 from kontext_batch.planning.params import VERSIONS, step_key
@@ -40,6 +40,7 @@ LONGEST_LINE = 16 << 20
 LARGEST_MANIFEST = 1 << 30
 _NAME = re.compile(r"(?:inputs|objects)/[0-9a-f]{64}\.[a-z0-9]{1,5}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNSTORABLE = re.compile(rb"\\u(0000|[dD][89a-fA-F])")
 _LINEAGE = {f"lineage/{section}.jsonl" for section in SECTIONS}
 
 ArtifactUri = Callable[[str, str], str]
@@ -90,10 +91,13 @@ def export_run(
                         for each in row["sources"]:
                             sources.setdefault(each["sha256"], set()).add(each["uri"])
                 writing.add_file(f"lineage/{section}.jsonl", lines)
-        inputs = _add_inputs(store, sources, writing, told, max_input_bytes)
-        for row in repository.archived(run_id, "artifacts"):
-            if row["output"] or intermediates:
-                told.pictures += _add_picture(store, row, writing, told, uri_of)
+        gone = repository.forgotten(sources)
+        inputs = _add_inputs(store, sources, gone, writing, told, max_input_bytes)
+        wanted = [row for row in repository.archived(run_id, "artifacts") if row["output"] or intermediates]
+        gone = repository.forgotten(row["sha256"] for row in wanted)
+        for row in wanted:
+            kept = row["kept"] and row["sha256"] not in gone
+            told.pictures += _add_picture(store, {**row, "kept": kept}, writing, told, uri_of)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -108,12 +112,17 @@ def export_run(
 
 
 def _add_inputs(
-    store: ObjectStore, sources: Mapping[str, set[str]], writing: _Writer, told: Exported, max_bytes: int
+    store: ObjectStore,
+    sources: Mapping[str, set[str]],
+    gone: Container[str],
+    writing: _Writer,
+    told: Exported,
+    max_bytes: int,
 ) -> list[dict[str, Any]]:
     found = []
     for sha256, places in sorted(sources.items()):
-        member, reason = None, ""
-        for uri in sorted(places):
+        member, reason = None, "was taken down"
+        for uri in [] if sha256 in gone else sorted(places):
             data, reason = _read(store, uri, sha256, max_bytes)
             if data is not None:
                 ending = re.fullmatch(r".*\.([A-Za-z0-9]{1,5})", uri)
@@ -202,6 +211,8 @@ class Archive:
         number = 0
         while line := file.readline(LONGEST_LINE):
             number += 1
+            if _UNSTORABLE.search(line):
+                raise BadArchive(f"lineage/{section}.jsonl:{number}: NUL, or half a character")
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -361,7 +372,12 @@ def import_run(
     repository: Repository, store: ObjectStore, archive: Archive, uri_of: ArtifactUri, *, by: Act
 ) -> Restored:
     """Restore the run. Killed in between, or done twice, it goes on, and at last changes nothing."""
-    imported = repository.import_run(archive.rows, uri_of, by=by)
+    try:
+        imported = repository.import_run(archive.rows, uri_of, by=by)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, KontextBatchError):
+            raise
+        raise BadArchive(f"a row is not as rows are ({type(error).__name__}: {error}); nothing was imported") from error
     types = {row["sha256"]: row["media_type"] for row in archive.rows("artifacts")}
     pictures = {sha256: name for sha256, name in archive.pictures().items() if sha256 in types}
     count = 0

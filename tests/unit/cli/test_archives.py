@@ -225,6 +225,45 @@ def test_a_step_that_is_not_what_its_key_says_is_refused(exported: Path) -> None
             Archive(tar_of(sealed({**parts, "lineage/steps.jsonl": lines})))
 
 
+def test_rows_that_contradict_one_another_change_nothing(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = members(exported)
+
+    def rows(section: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in parts[f"lineage/{section}.jsonl"].splitlines()]
+
+    def lines(found: list[dict[str, Any]]) -> bytes:
+        return "".join(json.dumps(each) + "\n" for each in found).encode()
+
+    run, instances, artifacts = rows("run"), rows("instances"), rows("artifacts")
+    assert imported(capsys)["changed"]
+    for section, changed in (
+        ("run", [{**run[0], "origin": {"run": 9, "identity": "x"}, "owner": None}]),
+        ("run", [{**run[0], "origin": {"run": 9, "identity": "x"}, "created": "yesterday"}]),
+        ("run", [{**run[0], "origin": {"run": 9, "identity": "x"}, "owner": "a\0b"}]),
+        ("run", [{"id": 1}]),
+        ("instances", [instances[0], *instances]),
+        ("artifacts", [{**each, "media_type": "text/html"} for each in artifacts]),
+    ):
+        changes: Members = {f"lineage/{section}.jsonl": lines(changed)}
+        if section != "run":
+            changes["lineage/run.jsonl"] = lines([{**run[0], "origin": {"run": 9, "identity": "x"}}])
+        (exported.parent / "bad.tar").write_bytes(tar_of(sealed({**parts, **changes})).getvalue())
+        capsys.readouterr()
+        where = "else/kontext-out" if section != "artifacts" else "third/kontext-out"
+        assert main.main(["import", "bad.tar", "--workspace", where]) == 2, section
+        assert "internal" not in capsys.readouterr().err
+    assert main.main(["runs", "list", "--json", "--workspace", "else/kontext-out"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+def test_what_was_taken_down_does_not_leave(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["forget", "photos/mug.png", "--reason", "why", "--yes"]) == 0
+    assert main.main(["export", "1", "two.tar"]) == 0
+    assert "1 pictures, 1 photos" in capsys.readouterr().out
+    gone = sha_of(exported.parent / "photos" / "mug.png")
+    assert not any(gone in name for name in members(exported.parent / "two.tar"))
+
+
 def test_a_bad_archive_leaves_nothing_behind(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (exported.parent / "bad.tar").write_bytes(exported.read_bytes()[:20_000])
     assert main.main(["import", "bad.tar", "--workspace", "else/kontext-out"]) == 2
