@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, BinaryIO, cast
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -41,15 +43,15 @@ def export(
         source = application.repository.run(number).source
     with common.opened(workspace, source=source) as application:
         try:
-            file = tempfile.NamedTemporaryFile(dir=archive.parent, prefix=f".{archive.name}.")  # noqa: SIM115
+            descriptor, made = tempfile.mkstemp(dir=archive.parent, prefix=f".{archive.name}.")
         except OSError as error:
             raise SettingsError(f"{archive}: cannot be written ({error.strerror})") from error
-        with file:
+        with _temporary(descriptor, made) as file:
             told = export_run(
                 application.repository,
                 application.store,
                 number,
-                cast(BinaryIO, file),
+                file,
                 intermediates=intermediates,
                 max_input_bytes=application.settings.max_input_bytes,
                 uri_of=application.artifact_keys,
@@ -58,11 +60,7 @@ def export(
             os.fsync(file.fileno())
             by = act(application.settings, "export", pictures=told.pictures, inputs=told.inputs)
             application.repository.note(by, f"run:{number}")
-            try:
-                os.link(file.name, archive)
-            except OSError as error:
-                raise SettingsError(f"{archive}: cannot be written ({error.strerror})") from error
-            archive.chmod(0o666 & ~_umask())
+            _give_name(made, archive)
     if as_json:
         output.say_json(told)
         return
@@ -71,10 +69,31 @@ def export(
         output.say(f"left out: {each['uri']}: {each['reason']}")
 
 
-def _umask() -> int:
+@contextmanager
+def _temporary(descriptor: int, path: str) -> Iterator[BinaryIO]:
+    """Within, the file is written; afterwards it is gone, unless it has another name by then."""
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _give_name(made: str, archive: Path) -> None:
+    """Whole or not at all, and over nothing. Raises `SettingsError`."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(made, 0o666 & ~mask)
+    try:
+        os.link(made, archive)
+    except FileExistsError as error:
+        raise SettingsError(f"{archive}: something is there already") from error
+    except OSError:  # a file system without hard links
+        try:
+            os.replace(made, archive)
+        except OSError as error:
+            raise SettingsError(f"{archive}: cannot be written ({error.strerror})") from error
 
 
 def import_(

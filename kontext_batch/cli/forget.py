@@ -72,6 +72,7 @@ def forget(
             by=by,
         )
         progress = go_on(repository, store, admit=application.admit)
+        repository.finish_runs()  # whose last steps were cancelled
         stones = repository.tombstones(photo=found.sha256)
     if as_json:
         output.say_json({"photo": found, "came_from_it": descent, "tombstones": stones})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import archives, audit, garbage, holds, takedown
+from kontext_batch.lineage import archived, archives, audit, garbage, holds, takedown
 from kontext_batch.lineage.engine import Transactions
 from kontext_batch.ports import Act, Artifact, Descent, Hold, Imported, Row, Sections, Tombstone
 
@@ -82,10 +82,10 @@ class SqlArchives:
     _db: Transactions
 
     def archived(self, run_id: int, section: str) -> Iterator[Row]:
-        found = self._db.read(archives.page, run_id, section, -1)
+        found = self._db.read(archived.page, run_id, section, -1)
         while found:
             yield from found
-            found = self._db.read(archives.page, run_id, section, found[-1]["id"])
+            found = self._db.read(archived.page, run_id, section, found[-1]["id"])
 
     def import_run(self, sections: Sections, uri_of: Callable[[str, str], str], *, by: Act) -> Imported:
         return self._db.write(archives.import_and_note, sections, uri_of, by)
