@@ -9,7 +9,7 @@ after that, one by one, by whoever comes first: the same command, or a later col
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -116,7 +116,7 @@ def _artifact(row: sa.Row[Any]) -> Artifact:
 
 def _found(conn: sa.Connection, photo: str) -> _Found:
     """Steps that read the photo, all below them, and all that read one of their pictures as a photo."""
-    pictures, steps = {photo}, set[int]()
+    pictures = {photo}
     while True:
         first = sa.select(SOURCES.step_id.label("id")).where(among(SOURCES.sha256, sorted(pictures)))
         walk = first.cte("below", recursive=True)
@@ -128,9 +128,13 @@ def _found(conn: sa.Connection, photo: str) -> _Found:
         deliveries = _deliveries(conn, listed)
         files = {row.file_sha256 for row in deliveries if row.file_sha256 is not None}
         known = {photo, *files, *(row.sha256 for row in artifacts if row.sha256 not in shared)}
-        if below == steps and known == pictures:
+        if known <= pictures or not _any_reader(conn, known - pictures):
             return _Found(listed, artifacts, shared, deliveries)
-        pictures, steps = known, below
+        pictures = known
+
+
+def _any_reader(conn: sa.Connection, pictures: Collection[str]) -> bool:
+    return bool(conn.scalar(sa.select(exists(among(SOURCES.sha256, sorted(pictures))))))
 
 
 def _artifacts(conn: sa.Connection, step_ids: Sequence[int]) -> list[sa.Row[Any]]:
@@ -190,8 +194,9 @@ def take_down(
     despite_hold: bool,
 ) -> Descent:
     lock_graph(conn, alone=True)
-    _lock_deliveries(conn, _found(conn, photo).steps)
     found = _found(conn, photo)
+    _lock_deliveries(conn, found.steps)
+    found = replace(found, deliveries=_deliveries(conn, found.steps))  # all else is locked with the graph
     told = _descent(conn, photo, found)
     if told.holds and not despite_hold:
         reasons = "; ".join(f"{each.subject} is held by {each.who}: {each.reason}" for each in told.holds)
