@@ -4,8 +4,10 @@ KontextBatchError
 ├── AuthorError            the author's: told before anything runs                         exit 2
 │   ├── RecipeError        a recipe, brand file or table, with file:line:column for each problem
 │   ├── SettingsError      a setting, a model that is not registered, a bad workspace
-│   └── NotAllowed         a path outside the allowed prefixes
+│   ├── NotAllowed         a path outside the allowed prefixes
+│   └── BadArchive         an archive that is damaged, was changed, or is of a newer version
 ├── PlanRefused            the plan may not run: budget, changed input, missing filter    exit 5
+├── Held                   a legal hold stands against it                                 exit 5
 ├── StepError              the step's: this step fails, its dependents are skipped
 ├── InfrastructureError    nobody's: retried with backoff, never counted against the step
 │   ├── StorageFull        no space left; the run stops and goes on when there is some
@@ -73,6 +75,14 @@ class SettingsError(AuthorError):
 
 class NotAllowed(AuthorError):
     """A recipe names a place outside the prefixes that it may read or write."""
+
+
+class BadArchive(AuthorError):
+    """An archive is not what it says it is; nothing was imported."""
+
+
+class Held(KontextBatchError):
+    """A legal hold stands against what would be removed."""
 
 
 class PlanRefused(KontextBatchError):

@@ -156,6 +156,9 @@ class Settings(BaseSettings):
     cache_limit: PositiveInt = 20 * 10**9
     """Bytes of artifacts to keep in a workspace. Above it, the end of a run and `gc` remove what can be computed again,
     oldest first."""
+    keep_intermediates_days: NonNegativeFloat | None = None
+    """Days after which pictures and latents that no recipe delivers go, when nobody wanted them meanwhile; left out,
+    they stay until there are too many. Delivered ones are kept."""
     max_pixels: PositiveInt = 100_000_000
     """Most pixels of a source picture."""
     max_input_bytes: PositiveInt = 200 * 10**6

@@ -36,6 +36,7 @@ from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.notify import Notifier
 from kontext_batch.services.prepare import Planner
+from kontext_batch.services.retention import Collector, Policy
 from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings
@@ -211,7 +212,7 @@ class Application:
             has_device=edits,
             admit=self.admit,
             content_filter=self.content_filter,
-            keep_bytes=self.settings.cache_limit,
+            policy=self.policy(),
             limits=self.limits(),
             backlog_limit=self.settings.backlog_limit,
         )
@@ -265,6 +266,14 @@ class Application:
             yield served
         finally:
             served.close()
+
+    def policy(self) -> Policy:
+        """What of the artifacts may go."""
+        return Policy(self.settings.cache_limit, self.settings.keep_intermediates_days)
+
+    def collector(self) -> Collector:
+        """A beat's collections."""
+        return Collector(self.repository, self.store, self.settings.keep_intermediates_days, self.admit)
 
     def limits(self) -> Limits:
         """Above which a run is paused."""

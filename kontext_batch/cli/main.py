@@ -22,7 +22,10 @@ import typer.core
 
 from kontext_batch.cli import (
     admin,
+    archives,
     export,
+    forget,
+    holds,
     inbox,
     models,
     output,
@@ -37,6 +40,7 @@ from kontext_batch.cli import (
 )
 from kontext_batch.errors import (
     AuthorError,
+    Held,
     KontextBatchError,
     ObjectChanged,
     ObjectNotFound,
@@ -80,8 +84,11 @@ for command in (
     steps.lineage,
     workspace.doctor,
     workspace.gc,
+    forget.forget,
+    archives.export,
 ):
     app.command()(command)
+app.command("import")(archives.import_)
 runs.app.command()(export.export)
 workspace.workers.command("list")(admin.list_workers)
 workspace.workers.command()(admin.drain)
@@ -98,6 +105,7 @@ for noun in (
     workspace.workers,
     workspace.db,
     admin.audit,
+    holds.app,
 ):
     app.add_typer(noun)
 
@@ -137,7 +145,7 @@ def exit_code(error: BaseException) -> int:
     """Which code an error ends the process with."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, PlanRefused | ObjectChanged):
+    if isinstance(error, PlanRefused | ObjectChanged | Held):
         return 5
     if isinstance(error, StorageFull | StorageReadOnly | StepError):
         return 3

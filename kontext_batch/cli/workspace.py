@@ -53,34 +53,55 @@ def gc(
         int | None,
         typer.Option(min=0, help="Bytes of artifacts to keep; left out, cache_limit.", show_default=False),
     ] = None,
+    days: Annotated[
+        float | None,
+        typer.Option(min=0, help="Days to keep intermediates; left out, keep_intermediates_days.", show_default=False),
+    ] = None,
     yes: YesOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Remove artifacts above the size limit that can be computed again, and uploads of nobody.
+    """Remove intermediates that nobody wants any more, artifacts above the size limit, and uploads of nobody.
+
+    Intermediates, which no recipe delivers, go keep_intermediates_days after they were last wanted. Above the size
+    limit go those that can be computed again, what is delivered last of all. What a hold names stays, and so does what
+    a step or a delivery still needs. What a takedown has left is deleted too.
 
     Artifacts are removed only when you say so, or with --yes.
 
     Example: kontext-batch gc --dry-run --keep-bytes 1000000000
     """
-    from kontext_batch.services.maintain import collect_garbage, reconcile
+    from dataclasses import replace
+
+    from kontext_batch.services.maintain import reconcile
+    from kontext_batch.services.retention import collect_garbage
 
     with common.opened(workspace) as application:
         repository, store = application.repository, application.store
-        keep = application.settings.cache_limit if keep_bytes is None else keep_bytes
+        policy = application.policy()
+        if keep_bytes is not None:
+            policy = replace(policy, keep_bytes=keep_bytes)
+        if days is not None:
+            policy = replace(policy, intermediate_days=days)
         if not dry_run:
             reconcile(repository)
-        gone = collect_garbage(repository, store, keep_bytes=keep, dry_run=True)
+        gone = collect_garbage(repository, store, policy, dry_run=True)
         if not dry_run:
             if gone.artifacts:
                 confirm(f"{gone.artifacts} artifacts of {gone.bytes} bytes will be removed.", yes=yes)
-            by = act(application.settings, "gc", keep_bytes=keep, artifacts=gone.artifacts, bytes=gone.bytes)
-            if gone.artifacts or gone.orphans:
+            rules = {"keep_bytes": policy.keep_bytes, "intermediate_days": policy.intermediate_days}
+            by = act(application.settings, "gc", **rules, artifacts=gone.artifacts, bytes=gone.bytes)
+            if gone.artifacts or gone.orphans or gone.taken_down:
                 repository.note(by, "artifacts")
-            gone = collect_garbage(repository, store, keep_bytes=keep)
+            gone = collect_garbage(repository, store, policy, admit=application.admit)
     if as_json:
         output.say_json(gone)
         return
     verb = "would be removed" if dry_run else "removed"
+    for amount, rule in ((gone.by_age, "intermediates not wanted for long"), (gone.by_size, "above the size limit")):
+        if amount.artifacts:
+            output.say(f"{rule}: {amount.artifacts} artifacts of {amount.bytes} bytes")
+    if gone.taken_down:
+        output.say(f"left from takedowns: {gone.taken_down} objects")
     output.say(f"{gone.artifacts} artifacts of {gone.bytes} bytes and {gone.orphans} orphaned uploads {verb}")
 
 
@@ -225,7 +246,8 @@ def beat(
 ) -> None:
     """Fire schedules, watch inboxes, keep runs within limits, return what lost workers held and ring, until stopped.
 
-    It tells webhooks of runs that end. Several may run at once: each time of a schedule, each drop becomes one run.
+    It tells webhooks of runs that end, and removes what `gc` removes by age, a part at a time, and what takedowns left.
+    Several may run at once: each time of a schedule, each drop becomes one run.
 
     Example: kontext-batch workers beat --workspace kontext-out
     """
@@ -245,6 +267,7 @@ def beat(
     with stopped_by_signals(stopping), common.opened(workspace) as application, ExitStack() as served:
         watcher = application.watcher()
         pulse, watch, notifier = application.pulse(), Watch(application.repository), application.notifier()
+        collector = application.collector()
         served.enter_context(application.served(pulse, port=metrics_port))
         served.enter_context(pulse.working())
         while not stopping.is_set():
@@ -274,6 +297,7 @@ def beat(
                     for run_id in watcher.tick(inbox_planner):
                         output.tell(f"run {run_id}")
                     notifier.tick()
+                    collector.tick()
                     watch.tick()
                 except InfrastructureError as error:  # a database that is restarted comes back
                     output.tell(f"{error}; trying again")

@@ -6,4 +6,6 @@ migrate     the schema's revision               runs        retry, cancel, finis
 submit      a plan becomes a run                deliveries  what is to be brought where
 reasking    which steps must run (again)        queries     questions; garbage: what may be removed
 verify      the invariants, checked             repository  all of it as one `Repository`
+holds       what may not be removed             takedown    a photo is forgotten
+archived    a run leaves for an archive         archives    and comes from one
 """

@@ -10,12 +10,15 @@ import sqlalchemy as sa
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.sql import among, now, now_plus, rows_of, stored_text
+from kontext_batch.lineage.takedown import note_late
 from kontext_batch.ports import Artifact, PendingDelivery, SettledDelivery
 
 DELIVERIES = t.deliveries.c
 PENDING = DELIVERIES.state == sa.literal_column("'pending'")
 """Written out: a parameter would keep the partial index from use."""
 LATER_SECONDS = 20.0
+IMPORTED = "import"
+"""Trigger of runs that were restored from an archive: what they delivered, they delivered elsewhere."""
 
 
 def pending_deliveries(conn: sa.Connection, run_id: int | None = None, *, limit: int) -> list[PendingDelivery]:
@@ -88,7 +91,7 @@ def settle_deliveries(
                 for each in arrived
             ],
         )
-        conn.execute(
+        settled_now = conn.execute(
             sa.update(t.deliveries)
             .where(DELIVERIES.id == ends.c.delivery, DELIVERIES.state == "pending")
             .values(
@@ -101,6 +104,8 @@ def settle_deliveries(
                 **free,
             )
         )
+        if settled_now.rowcount < len(arrived):
+            note_late(conn, worker_id, arrived)
     if failed:
         conn.execute(
             sa.update(t.deliveries)
@@ -143,7 +148,8 @@ def newer_delivery(conn: sa.Connection, run_id: int, path: str) -> PendingDelive
         .select_from(t.runs)
         .join(t.deliveries, (DELIVERIES.run_id == t.runs.c.id) & (DELIVERIES.path == path))
         .join(t.artifacts, t.artifacts.c.sha256 == DELIVERIES.sha256)
-        .where(t.runs.c.id > run_id, DELIVERIES.state == "delivered", DELIVERIES.delivered_path == path)
+        .where(t.runs.c.id > run_id, t.runs.c.trigger != IMPORTED)
+        .where(DELIVERIES.state == "delivered", DELIVERIES.delivered_path == path, DELIVERIES.withdrawn.is_(None))
         .order_by(t.runs.c.id.desc())
         .limit(1)
     )

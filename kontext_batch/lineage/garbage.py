@@ -9,13 +9,15 @@ the database names it as garbage still; the next collection deletes it once more
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import open_run
-from kontext_batch.lineage.sql import among, exists, in_state, now
+from kontext_batch.lineage.holds import held, is_held
+from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus
 from kontext_batch.planning.states import LIVE
 from kontext_batch.ports import Artifact
 
@@ -27,8 +29,21 @@ def artifact_uris(conn: sa.Connection) -> list[str]:
     return list(conn.scalars(sa.select(ARTIFACTS.uri).where(ARTIFACTS.collected_at.is_(None)).order_by(ARTIFACTS.uri)))
 
 
-def collectable(conn: sa.Connection, *, keep_bytes: int) -> list[Artifact]:
-    kept = ARTIFACTS.collected_at.is_(None)
+def expired(conn: sa.Connection, *, days: float, limit: int | None = None) -> list[Artifact]:
+    query = (
+        sa.select(t.artifacts)
+        .where(ARTIFACTS.collected_at.is_(None), *_unneeded(), _expired(days), sa.not_(held(conn)))
+        .order_by(ARTIFACTS.created, ARTIFACTS.sha256)
+        .limit(limit)
+    )
+    return [_artifact(row) for row in conn.execute(query)]
+
+
+def collectable(conn: sa.Connection, *, keep_bytes: int, expired_days: float | None = None) -> list[Artifact]:
+    kept: sa.ColumnElement[bool] = ARTIFACTS.collected_at.is_(None)
+    unheld = sa.not_(held(conn))
+    if expired_days is not None:  # they go anyway
+        kept = sa.and_(kept, sa.not_(sa.and_(*_unneeded(), _expired(expired_days), unheld)))
     total = int(conn.scalar(sa.select(sa.func.coalesce(sa.func.sum(ARTIFACTS.bytes), 0)).where(kept)) or 0)
     if total <= keep_bytes:
         return []
@@ -42,25 +57,38 @@ def collectable(conn: sa.Connection, *, keep_bytes: int) -> list[Artifact]:
     )
     rows = conn.execute(
         sa.select(t.artifacts)
-        .where(kept, sa.not_(_read_later()), sa.not_(_delivered_later()))
-        .order_by(sa.func.coalesce(last_wanted, ARTIFACTS.created), ARTIFACTS.created, ARTIFACTS.sha256)
+        .where(kept, *_unneeded(), unheld)
+        .order_by(
+            sa.case((_is_output(), 1), else_=0),
+            sa.func.coalesce(last_wanted, ARTIFACTS.created),
+            ARTIFACTS.created,
+            ARTIFACTS.sha256,
+        )
     )
     chosen = []
     for row in rows:
         if total <= keep_bytes:
             break
-        chosen.append(Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height))
+        chosen.append(_artifact(row))
         total -= row.bytes
     return chosen
 
 
-def forget_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> bool:
+def _artifact(row: sa.Row[Any]) -> Artifact:
+    return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+
+
+def forget_artifact(
+    conn: sa.Connection, sha256: str, delete: Delete | None, *, expired_days: float | None = None
+) -> bool:
     lock_graph(conn, alone=True)
-    unneeded = sa.not_(_read_later()), sa.not_(_delivered_later())
-    uri = conn.scalar(_collect(ARTIFACTS.sha256 == sha256, *unneeded).returning(ARTIFACTS.uri))
+    if is_held(conn, sha256):
+        return False
+    conditions = _unneeded() if expired_days is None else [*_unneeded(), _expired(expired_days)]
+    uri = conn.scalar(_collect(ARTIFACTS.sha256 == sha256, *conditions).returning(ARTIFACTS.uri))
     if uri is None:
         return False
-    gone = _delete_unless_announced(conn, uri, delete)
+    gone = delete_unless_announced(conn, uri, delete)
     state = "deleted" if gone else "orphaned"
     conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state != "intent").values(state=state))
     return True
@@ -71,7 +99,7 @@ def lost_artifact(conn: sa.Connection, sha256: str, delete: Delete | None) -> No
     lock_graph(conn, alone=True)
     uri = conn.scalar(_collect(ARTIFACTS.sha256 == sha256).returning(ARTIFACTS.uri))
     if uri is not None:
-        _delete_unless_announced(conn, uri, delete)
+        delete_unless_announced(conn, uri, delete)
 
 
 def lost_artifacts(conn: sa.Connection, sha256s: Sequence[str]) -> bool:
@@ -85,7 +113,7 @@ def _collect(*which: sa.ColumnElement[bool]) -> sa.Update:
     return sa.update(t.artifacts).where(*which, ARTIFACTS.collected_at.is_(None)).values(collected_at=now())
 
 
-def _delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
+def delete_unless_announced(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
     """Under the graph's lock: whoever has announced the object may have put it anew. True when it was deleted."""
     if delete is None or conn.scalar(sa.select(_announced(uri))):
         return False
@@ -111,6 +139,43 @@ def forget_upload(conn: sa.Connection, uri: str, delete: Delete | None) -> bool:
         delete(uri)
     conn.execute(sa.update(t.uploads).where(UPLOADS.uri == uri, UPLOADS.state == "orphaned").values(state="deleted"))
     return True
+
+
+def _unneeded() -> list[sa.ColumnElement[bool]]:
+    return [sa.not_(_read_later()), sa.not_(_delivered_later())]
+
+
+def _expired(days: float) -> sa.ColumnElement[bool]:
+    """An intermediate that no open run wants, and none has wanted for so long."""
+    limit = now_plus(-days * 86400)
+    wanted = exists(
+        OUTPUTS.sha256 == ARTIFACTS.sha256,
+        t.run_steps.c.step_id == OUTPUTS.step_id,
+        t.runs.c.id == t.run_steps.c.run_id,
+        sa.or_(open_run(), sa.func.coalesce(t.runs.c.finished, t.runs.c.created) > limit),
+        outer=t.artifacts,
+    )
+    return sa.and_(ARTIFACTS.created <= limit, sa.not_(wanted), sa.not_(_is_output()))
+
+
+def _is_output() -> sa.ColumnElement[bool]:
+    """Its step's picture is a delivery's: what recipes ask for. Those of earlier bytes of a step that was made anew
+    count too, where they were delivered."""
+    deliveries = t.deliveries.c
+    of_step = exists(
+        OUTPUTS.sha256 == ARTIFACTS.sha256,
+        deliveries.step_id == OUTPUTS.step_id,
+        deliveries.withdrawn.is_(None),
+        outer=t.artifacts,
+    )
+    earlier = exists(
+        UPLOADS.uri == ARTIFACTS.uri,
+        deliveries.step_id == UPLOADS.step_id,
+        deliveries.sha256 == ARTIFACTS.sha256,
+        deliveries.withdrawn.is_(None),
+        outer=t.artifacts,
+    )
+    return sa.or_(of_step, earlier)
 
 
 def _read_later() -> sa.ColumnElement[bool]:

@@ -23,6 +23,7 @@ from kontext_batch.lineage import (
     workers,
 )
 from kontext_batch.lineage.engine import Transactions, open_database
+from kontext_batch.lineage.keeping import SqlArchives, SqlRetention
 from kontext_batch.lineage.verify import Violation, verify
 from kontext_batch.planning.events import ClaimedSend, Webhook, WebhookRow
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropRow, DropState, NewDrop
@@ -60,7 +61,7 @@ from kontext_batch.ports import (
 )
 
 
-class SqlRepository:
+class SqlRepository(SqlRetention, SqlArchives):
     """Implements `ports.Repository`. Threads may share it; a forked process makes its own. Close it at the end."""
 
     def __init__(self, url: str) -> None:
@@ -379,11 +380,13 @@ class SqlRepository:
     def artifact_uris(self) -> Iterator[str]:
         return iter(self._db.read(garbage.artifact_uris))
 
-    def collectable(self, *, keep_bytes: int) -> Sequence[Artifact]:
-        return self._db.read(garbage.collectable, keep_bytes=keep_bytes)
+    def collectable(self, *, keep_bytes: int, expired_days: float | None = None) -> Sequence[Artifact]:
+        return self._db.read(garbage.collectable, keep_bytes=keep_bytes, expired_days=expired_days)
 
-    def forget_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> bool:
-        return self._db.write(garbage.forget_artifact, sha256, delete)
+    def forget_artifact(
+        self, sha256: str, delete: Callable[[str], None] | None = None, *, expired_days: float | None = None
+    ) -> bool:
+        return self._db.write(garbage.forget_artifact, sha256, delete, expired_days=expired_days)
 
     def lost_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> None:
         self._db.write(garbage.lost_artifact, sha256, delete)

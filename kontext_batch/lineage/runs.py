@@ -16,6 +16,7 @@ from kontext_batch.lineage.graph import cancel_unwanted, charge, collected, open
 from kontext_batch.lineage.limits import failed_steps, gpu_seconds, pending_of_run
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.sql import among, exists, in_state, now, ordered_by_equal
+from kontext_batch.lineage.takedown import forgotten_steps
 from kontext_batch.planning.states import LIVE, UNSUCCESSFUL, RunState, StepState
 from kontext_batch.ports import RunSummary
 
@@ -30,7 +31,8 @@ def retry_run(conn: sa.Connection, run_id: int, *, keys: Iterable[str] | None = 
     chosen = None if keys is None else _with_readers(parents, [row.key for row in steps], set(keys))
     lost = collected(conn, [row.id for row in steps if row.state == StepState.DONE])
     known = [Known(row.id, StepState(row.state), row.state == StepState.DONE and row.id not in lost) for row in steps]
-    wanted = range(len(known)) if chosen is None else chosen
+    gone = forgotten_steps(conn, [row.id for row in steps])
+    wanted = [index for index in (range(len(known)) if chosen is None else chosen) if known[index].id not in gone]
     asked = {index for index in wanted if known[index].state in UNSUCCESSFUL}
     undelivered = _undelivered(conn, run_id)
     pictures = {index for index in wanted if known[index].id in undelivered}

@@ -15,6 +15,7 @@ from kontext_batch.lineage.inbox import taken_by
 from kontext_batch.lineage.reasking import Known, deps_left, to_run
 from kontext_batch.lineage.schedules import started_by
 from kontext_batch.lineage.sql import UtcTime, among, axes_text, bulk_insert, now
+from kontext_batch.lineage.takedown import refuse_forgotten
 from kontext_batch.planning.params import materials
 from kontext_batch.planning.plan import Plan, PlannedStep
 from kontext_batch.planning.states import LIVE, RunState, StepState
@@ -35,6 +36,7 @@ def create_run(
     drop: tuple[int, int] | None = None,
 ) -> int:
     lock_graph(conn, alone=True)
+    refuse_forgotten(conn, plan)
     run_id = _insert_run(conn, run)
     if fire is not None and not started_by(conn, *fire, run_id):
         raise LeaseLost("another process has taken over this time of the schedule")
@@ -49,7 +51,7 @@ def create_run(
 
     new = [index for index, step in enumerate(known) if step is None]
     ids = [-1 if step is None else step.id for step in known]
-    for index, number in zip(new, _new_ids(conn, len(new)), strict=True):
+    for index, number in zip(new, next_step_ids(conn, len(new)), strict=True):
         ids[index] = number
     waits = {index: deps_left(parents[index], runs) for index in range(len(runs)) if runs[index]}
     _insert_steps(conn, run_id, [(ids[index], plan.steps[index], waits[index]) for index in new])
@@ -122,7 +124,7 @@ def _insert_run(conn: sa.Connection, run: NewRun) -> int:
     return int(conn.execute(sa.insert(t.runs).values(values).returning(t.runs.c.id)).scalar_one())
 
 
-def _new_ids(conn: sa.Connection, count: int) -> list[int]:
+def next_step_ids(conn: sa.Connection, count: int) -> list[int]:
     """Ascending ids for `count` new steps."""
     if conn.dialect.name == "postgresql":
         rows = conn.exec_driver_sql(

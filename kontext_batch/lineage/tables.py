@@ -451,7 +451,7 @@ holds = sa.Table(
     "holds",
     metadata,
     _id(),
-    sa.Column("subject", sa.Text, nullable=False),  # `run:12`, `step:7`, `photo:<sha256>`
+    sa.Column("subject", sa.Text, nullable=False),  # `run:12`, `step:7`, `photo:<sha256>`, `picture:<sha256>`
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("who", sa.Text, nullable=False),
     sa.Column("placed", UtcTime, nullable=False),
@@ -467,10 +467,13 @@ tombstones = sa.Table(
     sa.Column("sha256", sa.Text, primary_key=True),
     sa.Column("uri", sa.Text, primary_key=True),  # where it lay
     sa.Column("source", sa.Text, nullable=False),  # sha256 of the photo that was forgotten
+    # photo, artifact, file (delivered), claim (a file that a worker may have been about to bring)
+    sa.Column("kind", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("who", sa.Text, nullable=False),
     sa.Column("at", UtcTime, nullable=False),
     sa.Column("deleted", UtcTime),  # when its object was gone
+    sa.Column("note", sa.Text),  # what people should know; without a time of deletion: why it is left
     sa.Index(None, "source"),
     sqlite_with_rowid=False,
 )

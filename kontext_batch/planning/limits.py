@@ -67,6 +67,23 @@ def changed_inputs(plan: Plan, current: Mapping[str, ImageInfo | None]) -> tuple
     return tuple(reasons)
 
 
+def forgotten_inputs(plan: Plan, forgotten: Mapping[str, str]) -> tuple[str, ...]:
+    """Which source pictures were taken down for good, and where the recipe reads them.
+
+    `forgotten`: sha256 -> why.
+    """
+    if not forgotten:
+        return ()
+    reasons: dict[str, str] = {}
+    for step in plan.steps:
+        for each in step.inputs:
+            if each.source is not None and each.source.sha256 in forgotten:
+                why = forgotten[each.source.sha256]
+                place = f"{step.origin.file}:{step.origin.line}"
+                reasons.setdefault(each.source.uri, f"{place}: {each.source.uri} was taken down and is not read: {why}")
+    return tuple(reasons[uri] for uri in sorted(reasons))
+
+
 def changed_models(plan: Plan, models: Mapping[str, ModelInfo]) -> tuple[str, ...]:
     """Which models are not registered with the weights that the plan was made for."""
     wanted = {(step.params["model"], step.params["model_sha256"]) for step in plan.steps if step.operation in SAMPLING}

@@ -15,6 +15,7 @@ from kontext_batch.ports.admin import (
     RunFigures,
     WorkerRow,
 )
+from kontext_batch.ports.archives import SECTIONS, Archives, Imported, Row, Sections
 from kontext_batch.ports.computing import (
     ContentFilter,
     EditJob,
@@ -70,10 +71,13 @@ from kontext_batch.ports.records import (
 from kontext_batch.ports.repository import (
     Repository,
 )
+from kontext_batch.ports.retention import DescendedDelivery, Descent, Hold, Retention, Tombstone
 
 __all__ = [
     "LINK_SECONDS",
+    "SECTIONS",
     "Act",
+    "Archives",
     "Artifact",
     "AttemptRow",
     "AuditRow",
@@ -83,12 +87,16 @@ __all__ = [
     "BatchRow",
     "CommitReport",
     "ContentFilter",
+    "DescendedDelivery",
+    "Descent",
     "EditJob",
     "EditSession",
     "Editor",
     "ExportedDelivery",
     "ExportedInstance",
     "Folder",
+    "Hold",
+    "Imported",
     "InHand",
     "InputRecord",
     "LeasedStep",
@@ -112,9 +120,12 @@ __all__ = [
     "Ready",
     "ReconcileReport",
     "Repository",
+    "Retention",
+    "Row",
     "RunFigures",
     "RunSummary",
     "SampledPicture",
+    "Sections",
     "SettledDelivery",
     "Share",
     "SourceInput",
@@ -125,6 +136,7 @@ __all__ = [
     "StepResult",
     "StepRow",
     "StoredInstance",
+    "Tombstone",
     "WakeUps",
     "WorkerInfo",
     "WorkerRow",

@@ -11,6 +11,7 @@ from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports.admin import Act, AuditRow, BatchRow, ExportedInstance, Orders, RunFigures, WorkerRow
+from kontext_batch.ports.archives import Archives
 from kontext_batch.ports.records import (
     Artifact,
     AttemptRow,
@@ -32,9 +33,10 @@ from kontext_batch.ports.records import (
     StoredInstance,
     WorkerInfo,
 )
+from kontext_batch.ports.retention import Retention
 
 
-class Repository(Protocol):
+class Repository(Retention, Archives, Protocol):
     """The database. Every method is one transaction; all times are the database's own.
 
     `by`: the person's act that a change is, written down in the same transaction when something changed; None for what
@@ -439,15 +441,22 @@ class Repository(Protocol):
 
     def artifact_uris(self) -> Iterator[str]: ...
 
-    def collectable(self, *, keep_bytes: int) -> Sequence[Artifact]:
+    def collectable(self, *, keep_bytes: int, expired_days: float | None = None) -> Sequence[Artifact]:
         """Artifacts that can be recomputed, oldest use first, whose removal brings the total under `keep_bytes`.
 
-        Never one that a live step will still read or a pending delivery needs.
+        What recipes deliver comes after everything else. Never one that a hold keeps, a live step will still read or a
+        pending delivery needs. `expired_days`: without those that `expired` removes, which count as gone.
         """
         ...
 
-    def forget_artifact(self, sha256: str, delete: Callable[[str], None] | None = None) -> bool:
-        """Mark it collected (the row stays for the lineage), unless a live step or pending delivery needs it by now.
+    def forget_artifact(
+        self, sha256: str, delete: Callable[[str], None] | None = None, *, expired_days: float | None = None
+    ) -> bool:
+        """Mark it collected (the row stays for the lineage), unless something needs it by now:
+
+        a live step, a pending delivery or a hold.
+
+        `expired_days`: nor is it when it is not what `expired` says of it any more.
 
         `delete` is called with its URI under the lock that keeps others from naming the object meanwhile; a caller
         who deletes afterwards may delete what somebody has just put anew.

@@ -14,7 +14,7 @@ from kontext_batch.planning import uris
 from kontext_batch.planning.inputs import join, read_rows, wanted_files, wanted_tables
 from kontext_batch.planning.listing import FileProblem, Found, Listed
 from kontext_batch.planning.plan import ImageInfo
-from kontext_batch.ports import InputRecord, ObjectInfo, ObjectStore, Probe, Repository
+from kontext_batch.ports import InputRecord, ObjectInfo, ObjectStore, Probe, Repository, Tombstone
 from kontext_batch.recipes.loader import Recipe, load_recipe
 
 MAX_RECIPE_BYTES = 256 * 1024
@@ -91,9 +91,10 @@ class Looker:
         matches = uris.assign(patterns, objects)
         wanted = sorted({uri for matched in matches.values() for uri in matched})
         records = self._records([objects[uri] for uri in wanted])
+        gone = self.repository.forgotten(record.sha256 for record in records.values())
         return {
             pattern: [
-                *(_found(records[uri]) for uri in matched),
+                *(_found(records[uri], gone.get(records[uri].sha256)) for uri in matched),
                 *(FileProblem(each.uri.rstrip("/"), each.reason) for each in closed if uris.reaches(pattern, each.uri)),
             ]
             for pattern, matched in matches.items()
@@ -108,7 +109,8 @@ class Looker:
             except ObjectNotFound:
                 continue
         records = self._records(list(infos.values()))
-        found = {uri: _found(records[uri]) for uri in infos}
+        gone = self.repository.forgotten(record.sha256 for record in records.values())
+        found = {uri: _found(records[uri], gone.get(records[uri].sha256)) for uri in infos}
         return {uri: each if isinstance(each, ImageInfo) else None for uri, each in found.items()}
 
     def _records(self, objects: Sequence[ObjectInfo]) -> Mapping[str, InputRecord]:
@@ -161,7 +163,9 @@ def _unusable(info: ObjectInfo, problem: str, sha256: str = "") -> InputRecord:
     return InputRecord(info.uri, info.etag, sha256, info.bytes, 0, 0, "", problem)
 
 
-def _found(record: InputRecord) -> Found:
+def _found(record: InputRecord, stone: Tombstone | None) -> Found:
+    if stone is not None:
+        return FileProblem(record.uri, f"was taken down on {stone.at:%Y-%m-%d} by {stone.who}: {stone.reason}")
     if record.problem is not None:
         return FileProblem(record.uri, record.problem)
     return ImageInfo(record.uri, record.etag, record.sha256, record.bytes, record.width, record.height, record.format)

@@ -1,16 +1,14 @@
-"""What keeps a workspace sound: leases of processes that are gone, artifacts above the size limit, orphaned uploads."""
+"""What keeps a workspace sound: leases of processes that are gone, and a store that holds what the database names."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 
 import psutil
 import structlog
 
-from kontext_batch.errors import NotAllowed, ObjectNotFound, StorageReadOnly
+from kontext_batch.errors import NotAllowed, ObjectNotFound
 from kontext_batch.observability import metrics
 from kontext_batch.ports import ObjectStore, ReconcileReport, Repository, WorkerInfo
 
@@ -47,37 +45,6 @@ def reconcile(repository: Repository) -> ReconcileReport:
         tell = log.warning if report.quarantined else log.info
         tell("leases of lost workers came back", returned=report.returned, quarantined=report.quarantined)
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What a garbage collection removed, or would remove."""
-
-    artifacts: int
-    bytes: int
-    orphans: int
-
-
-def collect_garbage(repository: Repository, store: ObjectStore, *, keep_bytes: int, dry_run: bool = False) -> Collected:
-    """Remove artifacts that can be computed again until at most `keep_bytes` are left, and orphaned uploads.
-
-    The database forgets first: an object without a row is found by the next collection, a row without an object would
-    be a loss. What lies where this store may not delete (the setting `objects` was another one) stays, and stays known.
-    """
-    artifacts = repository.collectable(keep_bytes=keep_bytes)
-    orphans = repository.orphaned_uploads()
-    if dry_run:
-        return Collected(len(artifacts), sum(artifact.bytes for artifact in artifacts), len(orphans))
-    count = freed = gone = 0
-    for artifact in artifacts:
-        with suppress(NotAllowed, StorageReadOnly):
-            if repository.forget_artifact(artifact.sha256, store.delete):
-                count, freed = count + 1, freed + artifact.bytes
-    for uri in orphans:
-        with suppress(NotAllowed, StorageReadOnly):
-            repository.forget_uploads([uri], store.delete)
-            gone += 1
-    return Collected(count, freed, gone)
 
 
 def compare_store(repository: Repository, store: ObjectStore, prefix: str) -> tuple[list[str], list[str]]:

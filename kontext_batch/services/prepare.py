@@ -10,7 +10,7 @@ from kontext_batch.errors import NotAllowed, PlanRefused, Problem, RecipeError
 from kontext_batch.planning import uris
 from kontext_batch.planning.explain import Explained, explain
 from kontext_batch.planning.inputs import wanted_tables
-from kontext_batch.planning.limits import budget_reasons, changed_inputs, changed_models, sources
+from kontext_batch.planning.limits import budget_reasons, changed_inputs, changed_models, forgotten_inputs, sources
 from kontext_batch.planning.listing import AdapterInfo, Listed, ModelInfo
 from kontext_batch.planning.params import SAMPLING
 from kontext_batch.planning.plan import InstanceId, Plan
@@ -127,7 +127,9 @@ class Planner:
                 f"{error}; keep a stored plan beside its recipe, or name the recipe's folder in read_prefixes and "
                 "write_prefixes of the settings"
             ) from error
-        changes = (*changed_inputs(plan, current), *changed_models(plan, self.models))
+        gone = self.repository.forgotten(each.sha256 for each in sources(plan).values())
+        forgotten = forgotten_inputs(plan, {sha256: stone.reason for sha256, stone in gone.items()})
+        changes = (*forgotten, *changed_inputs(plan, current), *changed_models(plan, self.models))
         prepared = self._prepared(plan, previous, uri, "", Selection(), None, {uri})
         return dataclasses.replace(prepared, refusals=(*changes, *prepared.refusals))
 

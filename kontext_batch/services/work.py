@@ -39,8 +39,9 @@ from kontext_batch.services.execute import Executor
 from kontext_batch.services.hand import Hand
 from kontext_batch.services.leases import ORDERS_SECONDS, Heartbeat, Leases
 from kontext_batch.services.limits import Limits, enforce
-from kontext_batch.services.maintain import collect_garbage, reconcile
+from kontext_batch.services.maintain import reconcile
 from kontext_batch.services.pipeline import Pipeline
+from kontext_batch.services.retention import Policy, collect_garbage
 from kontext_batch.services.sample import Sampler
 from kontext_batch.services.turns import Turns
 
@@ -70,8 +71,8 @@ class Worker:
     batch_rows: int
     wake_ups: WakeUps
     content_filter: ContentFilter | None = None
-    keep_bytes: int | None = None
-    """Most bytes of artifacts to leave behind when a run is finished; None keeps everything."""
+    policy: Policy | None = None
+    """What of the artifacts goes when a run is finished; None keeps everything."""
     turns: Turns = field(default_factory=Turns)
     """Whose steps are taken next."""
     admit: Callable[[Iterable[str]], None] | None = None
@@ -158,8 +159,8 @@ class Worker:
                 if on_progress is not None:
                     on_progress(summary)
                 if summary.finished is not None:
-                    if self.keep_bytes is not None:
-                        collect_garbage(self.repository, self.store, keep_bytes=self.keep_bytes)
+                    if self.policy is not None:
+                        collect_garbage(self.repository, self.store, self.policy, admit=self.admit)
                     return summary
                 if not worked and not delivered:
                     if summary.state is RunState.PAUSED:

@@ -43,12 +43,14 @@ def upgrade() -> None:
     op.create_table(
         "tombstones",
         sa.Column("sha256", sa.Text(), nullable=False),
-        sa.Column("source", sa.Text(), nullable=False),
         sa.Column("uri", sa.Text(), nullable=False),
+        sa.Column("source", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("who", sa.Text(), nullable=False),
         sa.Column("at", TIME, nullable=False),
         sa.Column("deleted", TIME, nullable=True),
+        sa.Column("note", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("sha256", "uri", name="pk_tombstones"),
         sqlite_with_rowid=False,
     )

@@ -18,7 +18,8 @@ from kontext_batch.lineage import migrate
 from kontext_batch.lineage.engine import open_database
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import RunState
-from kontext_batch.services.maintain import collect_garbage, reconcile
+from kontext_batch.services.maintain import reconcile
+from kontext_batch.services.retention import Policy, collect_garbage
 from kontext_batch.services.schedules import Scheduler
 from kontext_batch.settings import Settings
 from tests.contract import plans
@@ -123,7 +124,7 @@ def test_a_worker_submits_claims_commits_and_cares_for_a_database_that_is_not_it
     reconcile(repository)
     assert list(repository.finish_runs()) == [(run_id, RunState.DONE)]
     assert list(Scheduler(repository, application.wake_ups, lambda uri: application.planner()).tick()) == []
-    collect_garbage(repository, application.store, keep_bytes=0, dry_run=True)
+    collect_garbage(repository, application.store, Policy(keep_bytes=0), dry_run=True)
     application.close()
 
 

@@ -32,8 +32,9 @@ from kontext_batch.ports import Artifact, EditJob, PendingDelivery, Repository, 
 from kontext_batch.registry import AdapterEntry, signature
 from kontext_batch.services.deliver import deliver_pending
 from kontext_batch.services.execute import MAX_RETRIES, retry_delay
-from kontext_batch.services.maintain import collect_garbage, gone_workers
+from kontext_batch.services.maintain import gone_workers
 from kontext_batch.services.prepare import Selection
+from kontext_batch.services.retention import Policy, collect_garbage
 from tests.unit.services.conftest import Studio, wait_for
 
 
@@ -315,11 +316,11 @@ def test_a_budget_refuses_before_anything_is_stored(studio: Studio) -> None:
 
 def test_garbage_goes_oldest_first_and_comes_back_when_asked_for(studio: Studio) -> None:
     studio.worker().run_until_done(studio.submit())
-    told = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0, dry_run=True)
+    told = collect_garbage(studio.app.repository, studio.app.store, Policy(keep_bytes=0), dry_run=True)
     objects = list(Path(studio.app.workspace, "objects").rglob("*.*"))
     assert told.artifacts == len(objects) > 0
     assert told.bytes == sum(each.stat().st_size for each in objects)
-    done = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0)
+    done = collect_garbage(studio.app.repository, studio.app.store, Policy(keep_bytes=0))
     assert done == told
     assert list(Path(studio.app.workspace, "objects").rglob("*.*")) == []
     studio.editor.jobs.clear()
@@ -344,7 +345,7 @@ def test_what_lies_where_nothing_may_be_deleted_stops_no_collection(
         delete(self, uri)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(studio.app.store), "delete", elsewhere)
-    collected = collect_garbage(studio.app.repository, studio.app.store, keep_bytes=0)
+    collected = collect_garbage(studio.app.repository, studio.app.store, Policy(keep_bytes=0))
     assert (collected.artifacts, collected.orphans) == (len(finished) - 1, 0)
     assert list(studio.app.repository.artifact_uris()) == finished[:1]
     assert studio.app.store.read(stranger) == b"somebody else's"
@@ -352,7 +353,7 @@ def test_what_lies_where_nothing_may_be_deleted_stops_no_collection(
 
 def test_a_finished_run_leaves_no_more_than_the_size_limit(studio: Studio) -> None:
     worker = studio.worker()
-    worker.keep_bytes = 3000
+    worker.policy = Policy(keep_bytes=3000)
     assert worker.run_until_done(studio.submit()).state is RunState.DONE
     left = [each.stat().st_size for each in Path(studio.app.workspace, "objects").rglob("*.*")]
     assert 0 < sum(left) <= 3000
