@@ -201,6 +201,10 @@ def start(
         from kontext_batch.editor import chosen_device
 
         chosen_device(device or settings.device)
+    if duties.operations:  # and one that cannot sign would fail everybody's deliveries
+        from kontext_batch.bootstrap.adapters import signer_of
+
+        signer_of(settings)
     if settings.broker_url is not None:
         from kontext_batch.workers.start import serve_rings
 
