@@ -13,15 +13,9 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.sql import among, among_later, exists
 from kontext_batch.planning.marking import Ancestry
 from kontext_batch.planning.params import SAMPLING
-from kontext_batch.ports import Artifact, DeliveredPicture, MadeStep, ParentPicture, SourceInput
+from kontext_batch.ports import DeliveredPicture, MadeStep, ParentPicture, SourceInput
 
-STEPS, EDGES, SOURCES, OUTPUTS, ARTIFACTS = (
-    t.steps.c,
-    t.edges.c,
-    t.step_sources.c,
-    t.step_outputs.c,
-    t.artifacts.c,
-)
+STEPS, EDGES, SOURCES, OUTPUTS = t.steps.c, t.edges.c, t.step_sources.c, t.step_outputs.c
 
 
 def ancestries(conn: sa.Connection, step_ids: Collection[int]) -> dict[int, Ancestry]:
@@ -127,7 +121,7 @@ def _made(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, MadeStep]:
     ids = {"step_ids": sorted(step_ids)}
     parents: dict[int, list[ParentPicture]] = defaultdict(list)
     for row in conn.execute(_parents_query(), ids):
-        parents[row.child].append(ParentPicture(row.role, row.position, row.key, row.sha256, row.media_type))
+        parents[row.child].append(ParentPicture(row.role, row.position, row.key, row.sha256))
     sources: dict[int, list[SourceInput]] = defaultdict(list)
     for row in conn.execute(_sources_query(), ids):
         sources[row.step_id].append(SourceInput(row.role, row.position, row.uri, row.sha256))
@@ -135,14 +129,11 @@ def _made(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, MadeStep]:
     found: dict[int, MadeStep] = {}
     for row in conn.execute(_steps_query(), ids):
         tried = attempts.get(row.id)
-        picture = None
-        if row.sha256 is not None:
-            picture = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
         found[row.id] = MadeStep(
             key=row.key,
             operation=row.operation,
             params=row.params,
-            picture=picture,
+            sha256=row.sha256,
             parents=tuple(parents[row.id]),
             sources=tuple(sources[row.id]),
             started=None if tried is None else tried.started,
@@ -157,21 +148,9 @@ def _made(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, MadeStep]:
 @cache
 def _steps_query() -> sa.Select[Any]:
     return (
-        sa.select(
-            STEPS.id,
-            STEPS.key,
-            STEPS.operation,
-            t.step_params.c.params,
-            ARTIFACTS.sha256,
-            ARTIFACTS.uri,
-            ARTIFACTS.media_type,
-            ARTIFACTS.bytes,
-            ARTIFACTS.width,
-            ARTIFACTS.height,
-        )
+        sa.select(STEPS.id, STEPS.key, STEPS.operation, t.step_params.c.params, OUTPUTS.sha256)
         .join(t.step_params, t.step_params.c.step_id == STEPS.id)
         .outerjoin(t.step_outputs, _picture_of(STEPS.id))
-        .outerjoin(t.artifacts, ARTIFACTS.sha256 == OUTPUTS.sha256)
         .where(among_later(STEPS.id, "step_ids"))
     )
 
@@ -183,10 +162,9 @@ def _picture_of(step_id: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
 @cache
 def _parents_query() -> sa.Select[Any]:
     return (
-        sa.select(EDGES.child, EDGES.role, EDGES.position, STEPS.key, ARTIFACTS.sha256, ARTIFACTS.media_type)
+        sa.select(EDGES.child, EDGES.role, EDGES.position, STEPS.key, OUTPUTS.sha256)
         .join(t.steps, STEPS.id == EDGES.parent)
         .outerjoin(t.step_outputs, _picture_of(EDGES.parent))
-        .outerjoin(t.artifacts, ARTIFACTS.sha256 == OUTPUTS.sha256)
         .where(among_later(EDGES.child, "step_ids"))
         .order_by(EDGES.child, EDGES.role, EDGES.position)
     )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from kontext_batch.planning.marking import Ancestry
 from kontext_batch.planning.plan import Axes
-from kontext_batch.ports.records import Artifact, SourceInput
+from kontext_batch.ports.records import SourceInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,6 @@ class ParentPicture:
     key: str
     sha256: str | None
     """None when that step is being made anew."""
-    media_type: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,8 @@ class MadeStep:
     key: str
     operation: str
     params: Mapping[str, Any]
-    picture: Artifact | None
+    sha256: str | None
+    """Of its picture; None when it is being made anew."""
     parents: tuple[ParentPicture, ...]
     sources: tuple[SourceInput, ...]
     started: datetime | None
@@ -81,7 +81,7 @@ class Claim:
     """Of the picture before it was signed."""
     digital_source_type: str | None
     parent: Parent | None
-    """None: made from words alone."""
+    """None: made from words alone, or from several pictures none of which is the canvas."""
     prompts: tuple[str, ...] = ()
     """Those that are to be in the file."""
 

@@ -171,11 +171,7 @@ class C2paSigner:
         """Raises `SettingsError` for credentials that do not sign: an expired one, a key of another algorithm."""
         import c2pa
 
-        if self.credentials.expires <= datetime.now(UTC):
-            raise SettingsError(
-                f"c2pa_certificates: a certificate of '{self.credentials.subject}' has expired on "
-                f"{self.credentials.expires:%Y-%m-%d}"
-            )
+        self._check_date()
         algorithm = self.algorithm or self.credentials.algorithm
         try:
             self._signer = c2pa.Signer.from_info(
@@ -192,9 +188,17 @@ class C2paSigner:
             }
         )
 
+    def _check_date(self) -> None:
+        expires = self.credentials.expires
+        if expires <= datetime.now(UTC):
+            raise SettingsError(
+                f"c2pa_certificates: a certificate of '{self.credentials.subject}' has expired on {expires:%Y-%m-%d}"
+            )
+
     def sign(self, data: bytes, media_type: str, claim: Claim) -> bytes:
         import c2pa
 
+        self._check_date()  # a worker may live longer
         signed = BytesIO()
         try:
             with c2pa.Builder(manifest(claim, media_type), context=self._context) as builder:
@@ -219,8 +223,9 @@ class C2paSigner:
         if not bound or any(not code.startswith(_OF_THE_SIGNER) for code in failures):
             return None
         for each in active.get("assertions", ()):
-            if each["label"] == ASSERTION:
-                return str(each["data"]["sha256"])
+            said = each.get("data")
+            if each.get("label") == ASSERTION and isinstance(said, dict):  # anybody may write such a thing
+                return str(said.get("sha256"))
         return None
 
     def try_out(self) -> None:

@@ -80,7 +80,7 @@ def _step(step: MadeStep, licences: Mapping[str, str], *, prompts: bool) -> dict
     document: dict[str, Any] = {
         "asset": asset_id(step.key),
         "operation": step.operation,
-        "sha256": None if step.picture is None else step.picture.sha256,
+        "sha256": step.sha256,
         "parameters": {name: params[name] for name in told if name in params},
         "parents": [
             {"role": each.role, "position": each.position, "asset": asset_id(each.key), "sha256": each.sha256}

@@ -101,8 +101,8 @@ def test_delivered_pictures_are_told_with_their_whole_chain(repository: SqlRepos
     made, base = edit.steps
     assert (made.key, base.key) == (plans.key("edit"), plans.key("base"))
     assert [(each.role, each.key) for each in made.parents] == [("image", plans.key("base"))]
-    assert base.picture is not None
-    assert made.parents[0].sha256 == base.picture.sha256
+    assert base.sha256 is not None
+    assert made.parents[0].sha256 == base.sha256
     assert (base.parents, made.sources) == ((), ())
     assert [each.sha256 for each in base.sources] == [plans.source("base").sha256]
     assert (made.device, made.numeric_mode, made.libraries) == ("cuda:0", "bfloat16", {"torch": "2"})

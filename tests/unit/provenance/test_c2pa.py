@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,15 @@ def test_the_algorithm_is_that_of_the_key(tmp_path: Path, key: Any, algorithm: s
     credentials = Credentials.read(files.certificates, files.private_key)
     assert credentials.algorithm == algorithm
     C2paSigner(credentials).try_out()
+
+
+def test_a_certificate_that_ends_while_a_worker_lives_signs_no_more(files: Signing) -> None:
+    credentials = Credentials.read(files.certificates, files.private_key)
+    old = C2paSigner(credentials)
+    old.credentials = replace(credentials, expires=datetime.now(UTC))
+    data = picture()
+    with pytest.raises(SettingsError, match="has expired"):
+        old.sign(data, "image/png", claim(data))
 
 
 def test_an_algorithm_of_another_key_is_told(files: Signing) -> None:
