@@ -189,7 +189,14 @@ class NoOperations:
 
     max_pixels: int = 0
 
-    def run(self, operation: str, params: Mapping[str, Any], pictures: Sequence[LoadedPicture]) -> MadePicture:
+    def run(
+        self,
+        operation: str,
+        params: Mapping[str, Any],
+        pictures: Sequence[LoadedPicture],
+        *,
+        xmp: bytes | None = None,
+    ) -> MadePicture:
         return MadePicture(_made(params, "image"), "image/png", 1024, 1024)
 
 

@@ -386,10 +386,10 @@ class Sampled:
 
     result: EditResult
 
-    def encode(self) -> MadePicture:
+    def encode(self, *, xmp: bytes | None = None) -> MadePicture:
         result = self.result
         return MadePicture(
-            data=encode_png(result.image),
+            data=encode_png(result.image, xmp=xmp),
             media_type="image/png",
             width=result.width,
             height=result.height,

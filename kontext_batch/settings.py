@@ -181,6 +181,21 @@ class Settings(BaseSettings):
     """Where `models add` keeps the registry."""
     content_filter: str | None = None
     """Command that reads an image on standard input and exits 0 when it may be delivered."""
+    mark: bool = True
+    """Whether picture files say that and by which step they were made (XMP). Not part of a step's identity: what is
+    there stays as it is."""
+    sidecars: bool = True
+    """Whether a `NAME.lineage.json` is delivered beside each picture."""
+    prompts_in_files: bool = False
+    """Whether prompts are told in sidecars and signed manifests."""
+    c2pa_certificates: Path | None = None
+    """PEM file: the certificate that signs what is delivered, then its issuers; left out, nothing is signed."""
+    c2pa_private_key: Path | None = None
+    """PEM file with its key, not encrypted."""
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] | None = None
+    """Left out, the usual one of the key: es256 to es512 by its curve, ps256, ed25519."""
+    c2pa_timestamp_url: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+    """RFC 3161 server that is asked with each signature; left out, signatures end with their certificate."""
     gpu_seconds_per_image: PositiveFloat | None = None
     """Estimate for lanes without past timings; left out, such lanes count as unknown."""
     webhooks: tuple[WebhookSettings, ...] = ()
@@ -210,6 +225,14 @@ class Settings(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError("two webhooks have the same name")
         return webhooks
+
+    @model_validator(mode="after")
+    def _whole_signer(self) -> Self:
+        if (self.c2pa_certificates is None) != (self.c2pa_private_key is None):
+            raise ValueError("c2pa_certificates and c2pa_private_key belong together: set both or neither")
+        if self.c2pa_timestamp_url is not None and self.c2pa_certificates is None:
+            raise ValueError("c2pa_timestamp_url is of a signer: set c2pa_certificates and c2pa_private_key too")
+        return self
 
     inboxes: tuple[Inbox, ...] = ()
     """Places that `workers beat` watches."""

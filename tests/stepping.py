@@ -86,5 +86,5 @@ class Made:
     editor: SteppingEditor
     picture: MadePicture
 
-    def encode(self) -> MadePicture:
+    def encode(self, *, xmp: bytes | None = None) -> MadePicture:
         return self.editor.encode(self.picture)

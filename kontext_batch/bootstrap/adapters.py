@@ -17,6 +17,7 @@ from kontext_batch.storage.router import StoreRouter, open_store
 from kontext_batch.storage.uris import file_path, file_uri
 
 if TYPE_CHECKING:
+    from kontext_batch.provenance.c2pa import C2paSigner
     from kontext_batch.storage.events import SqsEvents
 
 
@@ -98,6 +99,16 @@ def wake_ups_of(settings: Settings) -> WakeUps:
 
     app = make_app(settings.broker_url, queue_prefix=settings.queue_prefix)
     return CeleryWakeUps(app, batch_rows=settings.batch_rows)
+
+
+def signer_of(settings: Settings) -> C2paSigner | None:
+    """Raises `SettingsError` for one that cannot sign."""
+    if settings.c2pa_certificates is None or settings.c2pa_private_key is None:
+        return None
+    from kontext_batch.provenance.c2pa import C2paSigner, Credentials
+
+    credentials = Credentials.read(settings.c2pa_certificates, settings.c2pa_private_key)
+    return C2paSigner(credentials, settings.c2pa_algorithm, settings.c2pa_timestamp_url)
 
 
 def inbox_places(settings: Settings) -> tuple[Place, ...]:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from kontext_batch import editor
-from kontext_batch.bootstrap.adapters import events_of, store_of
+from kontext_batch.bootstrap.adapters import events_of, signer_of, store_of
 from kontext_batch.bootstrap.workspace import DATABASE, make_folder, repository_at
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.lineage import migrate
@@ -30,6 +30,7 @@ from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import ContentFilter, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import Registry
 from kontext_batch.services.bundles import BundleLimits
+from kontext_batch.services.deliver import Papers
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.inbox import Watcher
 from kontext_batch.services.limits import Limits
@@ -166,7 +167,7 @@ class Application:
     def worker(self, *, edits: bool = True, operations: bool = True, device: str | None = None) -> Worker:
         """A worker in this process, for steps of models, for those of Pillow, or for both.
 
-        `device`: instead of the one of the settings.
+        `device`: instead of the one of the settings. Raises `SettingsError` for a signer that cannot sign.
         """
         process = psutil.Process()
         device = device or self.settings.device
@@ -195,6 +196,7 @@ class Application:
             operations=PillowOperations(max_pixels=self.settings.max_pixels),
             artifact_uri=self.artifact_keys,
             max_input_bytes=self.settings.max_input_bytes,
+            mark=self.settings.mark,
         )
         return Worker(
             info=info,
@@ -212,9 +214,21 @@ class Application:
             has_device=edits,
             admit=self.admit,
             content_filter=self.content_filter,
+            papers=self.papers() if operations else Papers(),
             policy=self.policy(),
             limits=self.limits(),
             backlog_limit=self.settings.backlog_limit,
+        )
+
+    def papers(self) -> Papers:
+        """What delivered files come with. Raises `SettingsError` for a signer that cannot sign."""
+        licences = {each.sha256: each.licence for each in self.registry.models.values()}
+        licences |= {each.sha256: each.licence for each in self.registry.adapters.values()}
+        return Papers(
+            sidecars=self.settings.sidecars,
+            signer=signer_of(self.settings),
+            prompts=self.settings.prompts_in_files,
+            licences={sha256: licence for sha256, licence in licences.items() if licence},
         )
 
     def notifier(self) -> Notifier:

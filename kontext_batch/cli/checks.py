@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LEAST_FREE = 10**9
 """Bytes that a workspace should have left."""
+LAST_DAYS = 30
+"""Of a certificate, in which it is warned of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def all_checks(workspace: Path, *, named: bool = True) -> Iterator[Check]:
         yield _queue(settings, settings.inbox_queue)
     if settings.content_filter is not None:
         yield _filter(settings.content_filter)
+    if settings.c2pa_certificates is not None:
+        yield _signer(settings)
     if settings.tokens_file is not None:
         yield _tokens(settings.tokens_file)
     yield from _webhooks(settings)
@@ -207,6 +211,26 @@ def _filter(command: str) -> Check:
     if allowed:
         return Check(name, True, "allows a plain grey picture")
     return Check(name, True, "runs, and does not allow a plain grey picture", advice, warned=True)
+
+
+def _signer(settings: Settings) -> Check:
+    """Sign a small picture with it."""
+    from datetime import UTC, datetime, timedelta
+
+    from kontext_batch.bootstrap.adapters import signer_of
+
+    name = "c2pa signer"
+    advice = "nothing is delivered until it signs; mend the file or setting that it names, or leave the signer out"
+    try:
+        signer = signer_of(settings)
+        assert signer is not None
+        signer.try_out()
+    except KontextBatchError as error:
+        return Check(name, False, mask(str(error)), advice)
+    expires = signer.credentials.expires
+    found = f"'{signer.credentials.subject}' signs until {expires:%Y-%m-%d}"
+    soon = expires - datetime.now(UTC) < timedelta(days=LAST_DAYS)
+    return Check(name, True, found, "renew the certificate: what is signed after that day is not valid", warned=soon)
 
 
 def _tokens(file: Path) -> Check:

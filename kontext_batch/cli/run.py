@@ -48,6 +48,7 @@ def run(
         ready = common.prepared(application, at, common.selection(only, limit))
         announce(ready, as_json=as_json)
         _tell_of_schedule(application, ready, at.shown, as_json=as_json)
+        application.papers()  # a signer that cannot sign is told before anything is stored
         run_id = submitted(application, ready, priority=priority, as_json=as_json, action="run")
         paths = [each.path for each in ready.plan.deliveries]
         raise typer.Exit(work(application, run_id, paths, as_json=as_json))

@@ -26,10 +26,11 @@ def doctor(workspace: common.WorkspaceOption = None, as_json: common.JsonOption 
     """Check each part that the settings name. Exit code 1: something needs care, and the line says what to do.
 
     Looked at are workspace, disk space, database, store, conditional writes, broker, inboxes and their queue, content
-    filter, tokens, webhooks, metrics, models, device, and whether each model fits into the device's memory. `warn` is
-    no failure: it works within limits, which it names.
+    filter, C2PA signer, tokens, webhooks, metrics, models, device, and whether each model fits into the device's
+    memory. `warn` is no failure: it works within limits, which it names.
 
-    To find out, a small object is written and removed, and the content filter is run with a plain grey picture.
+    To find out, a small object is written and removed, the content filter is run with a plain grey picture, and the
+    signer signs one.
 
     Example: kontext-batch doctor --workspace spring/kontext-out
     """
@@ -222,6 +223,10 @@ def start(
         from kontext_batch.editor import chosen_device
 
         chosen_device(device or settings.device, compiled=settings.compile)
+    if duties.operations:  # and one that cannot sign would fail everybody's deliveries
+        from kontext_batch.bootstrap.adapters import signer_of
+
+        signer_of(settings)
     if settings.broker_url is not None:
         from kontext_batch.workers.start import serve_rings
 

@@ -16,6 +16,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.deliveries import free_deliveries, pending_deliveries
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
+from kontext_batch.lineage.provenance import ancestries_query
 from kontext_batch.lineage.sql import (
     among,
     among_later,
@@ -26,6 +27,7 @@ from kontext_batch.lineage.sql import (
     ordered_by_equal,
     pair_in,
 )
+from kontext_batch.planning.marking import Ancestry
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
@@ -231,7 +233,7 @@ def _lease(
         held = sa.select(STEPS.id, STEPS.lease_token, STEPS.asked, STEPS.attempts).where(among(STEPS.id, chosen))
         conn.execute(_begin_attempts(held, worker_id))
     by_id = {row.id: row for row in rows}
-    parents, sources = _pictures(conn, list(chosen))
+    parents, sources, ancestries = _pictures(conn, list(chosen))
     return [
         LeasedStep(
             id=step_id,
@@ -246,6 +248,7 @@ def _lease(
             parents=tuple(parents.get(step_id, ())),
             sources=tuple(sources.get(step_id, ())),
             batch_limit=step.batch_limit,
+            ancestry=ancestries[step_id],
         )
         for step_id, step in chosen.items()
     ]
@@ -260,11 +263,15 @@ def _begin_attempts(leased: sa.Select[Any], worker_id: str) -> sa.Insert:
 
 def _pictures(
     conn: sa.Connection, step_ids: Sequence[int]
-) -> tuple[dict[int, list[ParentOutput]], dict[int, list[SourceInput]]]:
-    """What each step reads, in one query: outputs of its parents, and its sources."""
+) -> tuple[dict[int, list[ParentOutput]], dict[int, list[SourceInput]], dict[int, Ancestry]]:
+    """What each step reads, in one query: outputs of its parents, its sources, and what all that came from."""
     parents: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
     found_sources: dict[int, list[SourceInput]] = {}
+    ancestries: dict[int, Ancestry] = {}
     for row in conn.execute(_pictures_query(), {"step_ids": list(step_ids)}):
+        if row.role is None:
+            ancestries[row.step_id] = Ancestry(model=bool(row.width), photo=bool(row.height))
+            continue
         if row.key is None:
             found_sources.setdefault(row.step_id, []).append(SourceInput(row.role, row.position, row.uri, row.sha256))
             continue
@@ -277,7 +284,7 @@ def _pictures(
         ]
         for step_id, by_place in parents.items()
     }
-    return found_parents, found_sources
+    return found_parents, found_sources, ancestries
 
 
 @cache
@@ -317,7 +324,21 @@ def _pictures_query() -> sa.CompoundSelect[Any]:
         zero,
         zero,
     ).where(among_later(sources.step_id, "step_ids"))
-    return sa.union_all(made, given).order_by("step_id", "role", "position")
+    came_from = ancestries_query().subquery("came_from").c
+    flags = sa.select(
+        came_from.step_id,
+        nothing,
+        zero,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        zero,
+        came_from.model,
+        came_from.photo,
+    )
+    return sa.union_all(made, given, flags).order_by("step_id", "role", "position")
 
 
 def extend_leases(conn: sa.Connection, worker_id: str, lease_seconds: float, held: Collection[tuple[int, int]]) -> int:

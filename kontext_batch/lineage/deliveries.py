@@ -75,6 +75,7 @@ def settle_deliveries(
             "place": sa.Text(),
             "number": sa.Integer(),
             "why": sa.Text(),
+            "file": sa.Text(),
         }
         ends = rows_of(
             conn,
@@ -87,6 +88,7 @@ def settle_deliveries(
                     "place": each.path,
                     "number": each.version,
                     "why": None if each.skipped is None else stored_text(each.skipped),
+                    "file": each.file_sha256,
                 }
                 for each in arrived
             ],
@@ -101,6 +103,7 @@ def settle_deliveries(
                 version=ends.c.number,
                 delivered=now(),
                 error=ends.c.why,
+                file_sha256=ends.c.file,
                 **free,
             )
         )

@@ -15,6 +15,7 @@ from kontext_batch.lineage import (
     inbox,
     limits,
     moving,
+    provenance,
     queries,
     runs,
     schedules,
@@ -38,6 +39,7 @@ from kontext_batch.ports import (
     BatchRecord,
     BatchRow,
     CommitReport,
+    DeliveredPicture,
     ExportedInstance,
     InHand,
     InputRecord,
@@ -334,6 +336,9 @@ class SqlRepository(SqlRetention, SqlArchives):
         later: Sequence[int] = (),
     ) -> None:
         self._db.write(deliveries.settle_deliveries, worker_id, settled, back, later)
+
+    def delivered_pictures(self, delivery_ids: Sequence[int]) -> Mapping[int, DeliveredPicture]:
+        return self._db.read(provenance.delivered_pictures, delivery_ids)
 
     def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:
         return self._db.read(deliveries.newer_delivery, run_id, path)

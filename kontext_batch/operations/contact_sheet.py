@@ -87,7 +87,9 @@ class _Wanted:
         return wanted
 
 
-def contact_sheet(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int) -> MadePicture:
+def contact_sheet(
+    params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int, xmp: bytes | None = None
+) -> MadePicture:
     """One picture of role `cell` for each label (which may be null). Raises `StepError`.
 
     The sheet itself may have `max_pixels` at most. Labels are drawn in ASCII (`planning.labels`); the plan notes those
@@ -123,7 +125,7 @@ def contact_sheet(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], 
         if label:
             _draw_label(sheet, grid, (left, top + grid.cell[1]), label, wanted.background)
     rendered = time.perf_counter()
-    data = encode(sheet, wanted.format, wanted.quality, None).data
+    data = encode(sheet, wanted.format, wanted.quality, None, xmp=xmp).data
     timings = {"render": rendered - started, "encode": time.perf_counter() - rendered}
     return MadePicture(data, format_named(wanted.format).media_type, sheet.width, sheet.height, timings)
 

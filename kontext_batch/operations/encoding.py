@@ -14,7 +14,7 @@ from typing import Any, Final
 from PIL import Image
 
 from kontext_batch.errors import StepError
-from kontext_batch.operations.pictures import srgb_profile
+from kontext_batch.operations.pictures import png_xmp, srgb_profile
 
 LOWEST_QUALITY: Final = 30
 """Below it artefacts are plain to see: a byte limit that asks for less is told instead of met."""
@@ -66,8 +66,10 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def encode(image: Image.Image, name: str, quality: int | None, max_bytes: int | None) -> Encoded:
-    """`image` (`RGB`, or `RGBA` where the format has alpha) as a file with the sRGB profile and no metadata.
+def encode(
+    image: Image.Image, name: str, quality: int | None, max_bytes: int | None, *, xmp: bytes | None = None
+) -> Encoded:
+    """`image` (`RGB`, or `RGBA` where the format has alpha) as a file with the sRGB profile and no metadata but `xmp`.
 
     Past `max_bytes` the quality goes down as little as it has to, to `LOWEST_QUALITY` at most (not at all when less
     was asked for); png is packed harder. Raises `StepError` that says how large the smallest attempt was.
@@ -77,16 +79,16 @@ def encode(image: Image.Image, name: str, quality: int | None, max_bytes: int | 
     if max(image.size) > wanted.max_side:
         raise StepError(f"{_size(image)}: a side of a {name} file is at most {wanted.max_side} pixels")
     if not wanted.has_quality:
-        return _encode_png(image, max_bytes)
+        return _encode_png(image, max_bytes, xmp)
     quality = DEFAULT_QUALITY if quality is None else quality
-    best = Encoded(_save(image, wanted, quality), quality)
+    best = Encoded(_save(image, wanted, quality, xmp), quality)
     if max_bytes is None or len(best.data) <= max_bytes:
         return best
     low, high = min(LOWEST_QUALITY, quality), quality - 1
     smallest = best
     found: Encoded | None = None
     if low <= high:
-        smallest = Encoded(_save(image, wanted, low), low)
+        smallest = Encoded(_save(image, wanted, low, xmp), low)
         if len(smallest.data) <= max_bytes:
             found = smallest
     if found is None:
@@ -97,7 +99,7 @@ def encode(image: Image.Image, name: str, quality: int | None, max_bytes: int | 
     low += 1
     while low <= high:
         middle = (low + high) // 2
-        attempt = Encoded(_save(image, wanted, middle), middle)
+        attempt = Encoded(_save(image, wanted, middle, xmp), middle)
         if len(attempt.data) <= max_bytes:
             found, low = attempt, middle + 1
         else:
@@ -105,11 +107,11 @@ def encode(image: Image.Image, name: str, quality: int | None, max_bytes: int | 
     return found
 
 
-def _encode_png(image: Image.Image, max_bytes: int | None) -> Encoded:
+def _encode_png(image: Image.Image, max_bytes: int | None, xmp: bytes | None) -> Encoded:
     wanted = FORMATS["png"]
-    data = _save(image, wanted, None)
+    data = _save(image, wanted, None, xmp)
     if max_bytes is not None and len(data) > max_bytes:
-        data = min(data, _save(image, wanted, None, optimize=True), key=len)
+        data = min(data, _save(image, wanted, None, xmp, optimize=True), key=len)
         if len(data) > max_bytes:
             raise StepError(
                 f"{_size(image)} png has {len(data)} bytes and loses nothing to become smaller; max_bytes is "
@@ -118,8 +120,10 @@ def _encode_png(image: Image.Image, max_bytes: int | None) -> Encoded:
     return Encoded(data, None)
 
 
-def _save(image: Image.Image, wanted: Format, quality: int | None, **options: Any) -> bytes:
+def _save(image: Image.Image, wanted: Format, quality: int | None, xmp: bytes | None, **options: Any) -> bytes:
     options["icc_profile"] = srgb_profile()
+    if xmp is not None:
+        options |= {"pnginfo": png_xmp(xmp)} if wanted.pillow == "PNG" else {"xmp": xmp}
     full_chroma = quality is not None and quality >= _WITHOUT_CHROMA_LOSS
     if wanted.pillow == "JPEG":
         options |= {"quality": quality, "optimize": True, "progressive": True}

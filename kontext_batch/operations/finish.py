@@ -64,7 +64,9 @@ class _Wanted:
         )
 
 
-def finish(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int) -> MadePicture:
+def finish(
+    params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int, xmp: bytes | None = None
+) -> MadePicture:
     """One picture of role `image`, one of role `logo` for each overlay. Raises `StepError`."""
     started = time.perf_counter()
     try:
@@ -90,7 +92,7 @@ def finish(params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_
         made = layout.contain(picture, wanted.size, wanted.background)
     _lay_over(made, wanted.overlays, logos, max_pixels)
     rendered = time.perf_counter()
-    data = encode(made, wanted.format, wanted.quality, wanted.max_bytes).data
+    data = encode(made, wanted.format, wanted.quality, wanted.max_bytes, xmp=xmp).data
     timings = {"render": rendered - started, "encode": time.perf_counter() - rendered}
     return MadePicture(data, format_named(wanted.format).media_type, made.width, made.height, timings)
 

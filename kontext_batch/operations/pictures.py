@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from kontext_batch.errors import StepError
 
@@ -95,14 +96,22 @@ def open_picture(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.
     return picture
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Lossless, sRGB profile embedded, no metadata; equal pixels give equal bytes (of one zlib)."""
+def encode_png(image: Image.Image, *, xmp: bytes | None = None) -> bytes:
+    """Lossless, sRGB profile embedded, no metadata but `xmp`; equal pixels give equal bytes (of one zlib)."""
     assert image.mode in ("RGB", "RGBA"), f"{image.mode} is not what open_picture gives"
     plain = image.copy()
     plain.info = {}
     buffer = BytesIO()
-    plain.save(buffer, "PNG", compress_level=6, icc_profile=srgb_profile())
+    plain.save(buffer, "PNG", compress_level=6, icc_profile=srgb_profile(), pnginfo=png_xmp(xmp))
     return buffer.getvalue()
+
+
+def png_xmp(xmp: bytes | None) -> PngInfo:
+    """Where PNG keeps XMP; Pillow reads it and has no name for writing it."""
+    chunks = PngInfo()
+    if xmp is not None:
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    return chunks
 
 
 @cache

@@ -14,7 +14,7 @@ from kontext_batch.ports import LoadedPicture, MadePicture
 
 class _Operation(Protocol):
     def __call__(
-        self, params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int
+        self, params: Mapping[str, Any], pictures: Sequence[LoadedPicture], *, max_pixels: int, xmp: bytes | None
     ) -> MadePicture: ...
 
 
@@ -35,8 +35,18 @@ class PillowOperations:
         """`max_pixels`: most pixels of a picture that is read, and of a contact sheet."""
         self._max_pixels = max_pixels
 
-    def run(self, operation: str, params: Mapping[str, Any], pictures: Sequence[LoadedPicture]) -> MadePicture:
-        """Raises `StepError` when a picture does not decode or the result cannot meet its limits."""
+    def run(
+        self,
+        operation: str,
+        params: Mapping[str, Any],
+        pictures: Sequence[LoadedPicture],
+        *,
+        xmp: bytes | None = None,
+    ) -> MadePicture:
+        """`xmp`: written into the file.
+
+        Raises `StepError` when a picture does not decode or the result cannot meet its limits.
+        """
         if operation not in _OPERATIONS:
             raise StepError(f"unknown operation '{operation}'; known: {', '.join(_OPERATIONS)}")
-        return _OPERATIONS[operation](params, pictures, max_pixels=self._max_pixels)
+        return _OPERATIONS[operation](params, pictures, max_pixels=self._max_pixels, xmp=xmp)

@@ -54,8 +54,8 @@ Prepared = Any
 class SampledPicture(Protocol):
     """A picture that has left a session and is no file yet."""
 
-    def encode(self) -> MadePicture:
-        """Make the files; in any thread."""
+    def encode(self, *, xmp: bytes | None = None) -> MadePicture:
+        """Make the files, the picture's with `xmp` in it; in any thread."""
         ...
 
 
@@ -107,8 +107,18 @@ class Editor(Protocol):
 class Operations(Protocol):
     """The Pillow operations as the services see them."""
 
-    def run(self, operation: str, params: Mapping[str, Any], pictures: Sequence[LoadedPicture]) -> MadePicture:
-        """Raises `StepError` when a picture does not decode or the result cannot meet its limits."""
+    def run(
+        self,
+        operation: str,
+        params: Mapping[str, Any],
+        pictures: Sequence[LoadedPicture],
+        *,
+        xmp: bytes | None = None,
+    ) -> MadePicture:
+        """`xmp`: written into the file.
+
+        Raises `StepError` when a picture does not decode or the result cannot meet its limits.
+        """
         ...
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from kontext_batch.planning.marking import Ancestry
 from kontext_batch.planning.plan import Axes
 from kontext_batch.planning.states import RunState, StepState
 
@@ -154,6 +155,8 @@ class LeasedStep:
     sources: tuple[SourceInput, ...]
     batch_limit: int | None = None
     """Most steps that its worker may have in hand as long as this is one of them; None: any number."""
+    ancestry: Ancestry = field(default_factory=Ancestry)
+    """Of the picture that it makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +278,8 @@ class SettledDelivery:
     skipped: str | None = None
     """Why it was left out; None when it was not."""
     error: str | None = None
+    file_sha256: str | None = None
+    """Of what lies there, where that is not the artifact as it is: signed."""
 
 
 @dataclass(frozen=True, slots=True)

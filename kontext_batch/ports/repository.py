@@ -12,6 +12,7 @@ from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, Sch
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports.admin import Act, AuditRow, BatchRow, ExportedInstance, Orders, RunFigures, WorkerRow
 from kontext_batch.ports.archives import Archives
+from kontext_batch.ports.provenance import DeliveredPicture
 from kontext_batch.ports.records import (
     Artifact,
     AttemptRow,
@@ -389,6 +390,10 @@ class Repository(Retention, Archives, Protocol):
 
         `back`: claimed, and not brought after all; `later`: likewise, and nobody is to try it at once.
         """
+        ...
+
+    def delivered_pictures(self, delivery_ids: Sequence[int]) -> Mapping[int, DeliveredPicture]:
+        """Id of each delivery -> everything that made its picture."""
         ...
 
     def newer_delivery(self, run_id: int, path: str) -> PendingDelivery | None:

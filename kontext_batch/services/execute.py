@@ -29,6 +29,7 @@ from kontext_batch.hashing import sha256_hex
 from kontext_batch.observability import metrics
 from kontext_batch.observability.logs import about_batch
 from kontext_batch.planning.backoff import doubling_delay
+from kontext_batch.planning.marking import xmp_packet
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
     Artifact,
@@ -106,6 +107,8 @@ class Executor:
     operations: Operations
     artifact_uri: ArtifactUri
     max_input_bytes: int
+    mark: bool = True
+    """Whether files say how they were made (`planning.marking`)."""
     pause: Callable[[float], None] = time.sleep
 
     def operate(self, steps: Sequence[LeasedStep]) -> CommitReport:
@@ -137,11 +140,15 @@ class Executor:
     def _operated(self, loaded: Loaded) -> Finished | StepFailed:
         step, started = loaded.step, time.perf_counter()
         try:
-            made = self.operations.run(step.operation, loaded.job.params, loaded.job.pictures)
+            made = self.operations.run(step.operation, step.params, loaded.job.pictures, xmp=self.xmp_of(step))
         except (StepError, InfrastructureError) as error:
             return failure(step, error)
         timings = {**made.timings, "operate": time.perf_counter() - started, "fetch": loaded.seconds}
         return self.finished(step, replace(made, timings=timings))
+
+    def xmp_of(self, step: LeasedStep) -> bytes | None:
+        """What the file that this step makes says of itself."""
+        return xmp_packet(step.key, step.ancestry) if self.mark else None
 
     def finished(self, step: LeasedStep, picture: MadePicture) -> Finished:
         """What is to be put of a picture, under which names."""

@@ -14,6 +14,7 @@ from kontext_batch.planning import uris
 from kontext_batch.planning.inputs import join, read_rows, wanted_files, wanted_tables
 from kontext_batch.planning.listing import FileProblem, Found, Listed
 from kontext_batch.planning.plan import ImageInfo
+from kontext_batch.planning.sidecars import is_sidecar
 from kontext_batch.ports import InputRecord, ObjectInfo, ObjectStore, Probe, Repository, Tombstone
 from kontext_batch.recipes.loader import Recipe, load_recipe
 
@@ -86,7 +87,7 @@ class Looker:
             for each in self.store.list(folder):
                 if each.problem is not None and each.uri.endswith("/"):
                     closed.append(FileProblem(each.uri, each.problem))
-                else:
+                elif not is_sidecar(each.uri):  # `out/*` of an earlier recipe means its pictures
                     objects[each.uri] = each
         matches = uris.assign(patterns, objects)
         wanted = sorted({uri for matched in matches.values() for uri in matched})

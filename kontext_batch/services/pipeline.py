@@ -180,7 +180,7 @@ class Pipeline:
     def _encoded(self, left: Left) -> Finished:
         assert left.result is not None
         assert not isinstance(left.result, StepFailed)
-        picture = left.result.encode()
+        picture = left.result.encode(xmp=self.executor.xmp_of(left.step))
         return self.executor.finished(left.step, replace(picture, timings={**picture.timings, **left.timings}))
 
 

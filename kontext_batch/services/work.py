@@ -34,7 +34,7 @@ from kontext_batch.ports import (
     WakeUps,
     WorkerInfo,
 )
-from kontext_batch.services.deliver import AT_ONCE, deliver_pending
+from kontext_batch.services.deliver import AT_ONCE, Papers, deliver_pending
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.hand import Hand
 from kontext_batch.services.leases import ORDERS_SECONDS, Heartbeat, Leases
@@ -71,6 +71,8 @@ class Worker:
     batch_rows: int
     wake_ups: WakeUps
     content_filter: ContentFilter | None = None
+    papers: Papers = field(default_factory=Papers)
+    """What delivered files come with."""
     policy: Policy | None = None
     """What of the artifacts goes when a run is finished; None keeps everything."""
     turns: Turns = field(default_factory=Turns)
@@ -256,6 +258,7 @@ class Worker:
             worker_id=self.info.id,
             run_id=run_id,
             content_filter=self.content_filter,
+            papers=self.papers,
             admit=self.admit,
             patient=run_id is None,
             on_delivery=beat or self.pulse.beat,

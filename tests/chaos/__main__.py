@@ -31,6 +31,7 @@ import sqlalchemy as sa
 from kontext_batch.lineage.engine import close_database, open_database
 from kontext_batch.lineage.migrate import upgrade
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.planning.sidecars import is_sidecar, sidecar_path
 from kontext_batch.planning.states import RunState
 from tests import servers
 from tests.acceptance.conftest import REFERENCE, base_environment
@@ -335,9 +336,11 @@ def look_in_the_morning(night: Night, place: Installation) -> dict[str, int]:
         broken.append(f"{len(objects - known)} objects without a row after gc, such as {min(objects - known)}")
     if known - objects:
         broken.append(f"{len(known - objects)} rows without an object, such as {min(known - objects)}")
-    outputs = sum(key.startswith("chaos/out/") for key in keys)
-    if outputs != night.items * SCENES:
-        broken.append(f"{outputs} outputs instead of {night.items * SCENES}")
+    outputs = {key for key in keys if key.startswith("chaos/out/") and not is_sidecar(key)}
+    if len(outputs) != night.items * SCENES:
+        broken.append(f"{len(outputs)} outputs instead of {night.items * SCENES}")
+    if {key for key in keys if is_sidecar(key)} != set(map(sidecar_path, outputs)):
+        broken.append("sidecars and outputs are not one to one")
     repository.close()
     counts = Counter(outcome for each in outcomes.values() for outcome in each)
     broken += unproved(counts["fenced"], place.proxy.met)

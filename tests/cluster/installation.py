@@ -18,6 +18,7 @@ import boto3
 from PIL import Image, ImageDraw
 
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.planning.sidecars import is_sidecar
 from kontext_batch.planning.states import StepState
 from tests.acceptance.conftest import PATIENCE, RECIPE, Result
 
@@ -175,7 +176,8 @@ class Cluster:
         return self.states(run_id).get(StepState.LEASED, 0) > 0
 
     def outputs(self) -> list[str]:
-        return self.names("out")
+        """The pictures; their sidecars lie beside them."""
+        return [name for name in self.names("out") if not is_sidecar(name)]
 
     def outcomes(self, run_id: int) -> list[list[str | None]]:
         """For each step of the run, how its attempts ended."""

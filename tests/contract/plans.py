@@ -126,6 +126,8 @@ def settle(
     version: int = 1,
     skipped: str | None = None,
     error: str | None = None,
+    file_sha256: str | None = None,
 ) -> None:
     """As a worker says how a delivery ended."""
-    repository.settle_deliveries("w1", [SettledDelivery(delivery.id, path or delivery.path, version, skipped, error)])
+    settled = SettledDelivery(delivery.id, path or delivery.path, version, skipped, error, file_sha256)
+    repository.settle_deliveries("w1", [settled])

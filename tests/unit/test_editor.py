@@ -26,7 +26,10 @@ from kontext_batch.editor import (
     read_model,
 )
 from kontext_batch.errors import OutOfMemory, SettingsError, StepError
+from kontext_batch.operations.pictures import open_picture
+from kontext_batch.planning.marking import Ancestry, xmp_packet
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
+from kontext_batch.provenance.marks import step_key_of
 
 CASE = Path(__file__).parents[1] / "data" / "reference" / "case-1" / "model"
 
@@ -97,6 +100,21 @@ def edit(editor: EngineEditor, jobs: Sequence[EditJob]) -> list[MadePicture | St
             for number, left in session.retire():
                 results[number] = left if isinstance(left, StepError) else left.encode()
     return [results[number] for number in range(len(jobs))]
+
+
+def test_a_sampled_picture_carries_the_mark_that_it_is_given(editor: EngineEditor) -> None:
+    key = "b2:" + "ab" * 20
+    asked = job()
+    with editor.session(asked.params) as session:
+        session.admit(0, editor.prepare(asked))
+        while not (left := session.retire()):
+            session.step()
+    ((_, sampled),) = left
+    assert not isinstance(sampled, StepError)
+    marked, plain = sampled.encode(xmp=xmp_packet(key, Ancestry(model=True))), sampled.encode()
+    assert (step_key_of(marked.data), step_key_of(plain.data)) == (key, None)
+    assert open_picture(marked.data).tobytes() == open_picture(plain.data).tobytes()
+    assert marked.latents == plain.latents
 
 
 def test_facts_of_a_model(model: Path) -> None:

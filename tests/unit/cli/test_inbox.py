@@ -87,7 +87,7 @@ def test_a_beat_and_a_worker_answer_a_dropped_recipe(
         told = [each.communicate(timeout=60)[1] for each in processes]
     assert [each.returncode for each in processes] == [0, 0]
     assert told[0].count("run 1\n") == 1
-    assert len(list((studio / "dam").iterdir())) == 4
+    assert len(list((studio / "dam").glob("*.png"))) == 4
     assert json.loads((inbox / "x.status.json").read_text())["state"] == "done"
     by_name = {each["uri"].rpartition("/")[2]: each for each in listed(capsys)}
     assert (by_name["x.yaml"]["run_id"], by_name["x.yaml"]["owner"]) == (1, "studio@acme.example")

@@ -269,7 +269,7 @@ def test_the_search_for_a_quality_takes_few_attempts(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(encoding, "_save", counted)
     picture = noise((80, 60))
-    encode(picture, "jpeg", 95, len(real(picture, FORMATS["jpeg"], 64)))
+    encode(picture, "jpeg", 95, len(real(picture, FORMATS["jpeg"], 64, None)))
 
     assert len(attempts) <= 9
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from kontext_batch.bootstrap import Application, open_application
 from kontext_batch.errors import StepError
 from kontext_batch.operations.pictures import encode_png
+from kontext_batch.planning.sidecars import is_sidecar
 from kontext_batch.ports import EditJob, MadePicture
 from kontext_batch.registry import ModelEntry, Registry
 from kontext_batch.services.prepare import Prepared, submit
@@ -121,7 +122,8 @@ class Studio:
         return worker
 
     def outputs(self) -> list[str]:
-        return sorted(file.name for file in (self.folder / "out").glob("*"))
+        """Names of the pictures; their sidecars lie beside them."""
+        return sorted(file.name for file in (self.folder / "out").glob("*") if not is_sidecar(file.name))
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def test_a_bundle_runs(desk: Desk) -> None:
     desk.drop("x.zip", bundle(desk))
     [run_id] = desk.settle()
     assert desk.work(run_id) is RunState.DONE
-    assert [file.name for file in desk.dam.iterdir()] == ["RX 100.png"]
+    assert [file.name for file in desk.dam.glob("*.png")] == ["RX 100.png"]
     assert desk.repository.run(run_id).source.startswith(desk.app.artifact_keys.bundles)
     desk.hurry().tick()
     assert desk.status()["state"] == "done"

@@ -132,7 +132,7 @@ def test_a_recipe_in_a_bucket_runs_at_once(bucket: Bucket) -> None:
     worker = bucket.app.worker()
     worker.executor = replace(worker.executor, editor=ToyEditor())
     assert worker.run_until_done(run_id).state is RunState.DONE
-    assert bucket.names("dam") == ["acme/A1.png"]
+    assert bucket.names("dam") == ["acme/A1.png", "acme/A1.png.lineage.json"]
     for _ in range(100):  # the last answers are due some seconds after the first ones
         if "inbox/acme/x.report.html" in bucket.names():
             break

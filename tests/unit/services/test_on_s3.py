@@ -14,6 +14,7 @@ from PIL import Image
 
 from kontext_batch.bootstrap import Application, open_application
 from kontext_batch.errors import RecipeError
+from kontext_batch.planning.sidecars import sidecar_path
 from kontext_batch.planning.states import RunState
 from kontext_batch.registry import ModelEntry, Registry
 from kontext_batch.services.prepare import submit
@@ -91,7 +92,8 @@ def test_a_recipe_in_a_bucket_runs_to_another_bucket(app: Application) -> None:
     worker.executor = replace(worker.executor, editor=ToyEditor())
     summary = worker.run_until_done(submit(app.repository, app.wake_ups, prepared, trigger="cli"))
     assert summary.state is RunState.DONE
-    assert keys("dam") == ["spring/RX 100.webp", "spring/RX-200.webp"]
+    pictures = ["spring/RX 100.webp", "spring/RX-200.webp"]
+    assert keys("dam") == sorted([*pictures, *map(sidecar_path, pictures)])
     assert all(key.startswith("objects-of-acme/objects/") for key in keys("store"))
     again = app.planner().from_recipe("s3://recipes/a/s3.yaml", shown="s3.yaml")
     assert {each.status for each in again.explained} == {"cached"}
