@@ -331,7 +331,7 @@ def forgotten_steps(conn: sa.Connection, step_ids: Sequence[int]) -> set[int]:
 
 def note_late(conn: sa.Connection, worker_id: str, arrived: Sequence[SettledDelivery]) -> None:
     """Files that were brought while their photo was forgotten: they are taken away like those before."""
-    places = {each.id: each.path for each in arrived if each.skipped is None}
+    places = {each.id: each for each in arrived if each.skipped is None}
     rows = conn.execute(
         sa.select(DELIVERIES.id, DELIVERIES.step_id, OUTPUTS.sha256)
         .join(t.step_outputs, OUTPUTS.step_id == DELIVERIES.step_id)
@@ -343,7 +343,8 @@ def note_late(conn: sa.Connection, worker_id: str, arrived: Sequence[SettledDeli
             taken = sa.select(t.tombstones).where(STONES.sha256 == row.sha256, STONES.kind == ARTIFACT)
             stone = conn.execute(taken.limit(1)).first()
             if stone is not None:
-                _bury_again(conn, row.sha256, places[row.id], stone)
+                late = places[row.id]
+                _bury_again(conn, late.file_sha256 or row.sha256, late.path, stone)
     mine = DELIVERIES.claimed_by == worker_id
     conn.execute(
         sa.update(t.deliveries)

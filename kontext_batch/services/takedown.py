@@ -14,13 +14,12 @@ import structlog
 
 from kontext_batch.errors import InfrastructureError, NotAllowed, ObjectNotFound, StorageReadOnly
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.planning.sidecars import sidecar_path
 from kontext_batch.ports import ObjectStore, Repository, Tombstone
 from kontext_batch.services.deliver import MAX_VERSIONS, place_of, versioned
 
 log = structlog.get_logger(__name__)
 
-SIDECAR = ".lineage.json"
-"""Ending of what lies beside a delivered file and tells where it comes from."""
 NOT_THERE = "was not there any more; where it was moved, or copied, is not known here"
 OTHER_BYTES = "another picture lies there by now: not deleted; the one that lay there may have been moved"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -121,7 +120,7 @@ def _end(repository: Repository, store: ObjectStore, stone: Tombstone) -> bool:
     found = _delete_if_same(store, stone.sha256, stone.uri)
     if found is None:
         if stone.kind == "file":
-            store.delete(stone.uri + SIDECAR)
+            store.delete(sidecar_path(stone.uri))
         repository.settle_tombstone(stone.sha256, stone.uri, deleted=True, note=NOT_THERE)
     elif found:
         repository.settle_tombstone(stone.sha256, stone.uri, deleted=True)
@@ -138,7 +137,7 @@ def _delete_if_same(store: ObjectStore, sha256: str, uri: str) -> bool | None:
     except ObjectNotFound:
         return None
     if same:
-        store.delete(uri + SIDECAR)
+        store.delete(sidecar_path(uri))
         store.delete(uri)
     return same
 

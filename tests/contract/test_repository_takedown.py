@@ -181,7 +181,8 @@ def test_live_steps_are_cancelled_and_leased_ones_fenced(repository: SqlReposito
     assert not repository.verify()
 
 
-def test_a_file_that_is_brought_meanwhile_is_taken_away(repository: SqlRepository) -> None:
+@pytest.mark.parametrize("signed", [None, "f" * 64])
+def test_a_file_that_is_brought_meanwhile_is_taken_away(repository: SqlRepository, signed: str | None) -> None:
     run_id = submit(repository, make_plan({"a": []}, deliver=["a"]))
     finish(repository)
     [claimed] = repository.claim_deliveries("w1", limit=8, seconds=300.0)
@@ -189,10 +190,11 @@ def test_a_file_that_is_brought_meanwhile_is_taken_away(repository: SqlRepositor
     assert repository.is_claimed(claimed.path)
     kinds = {each.kind for each in repository.tombstones(pending=True)}
     assert kinds == {"artifact", "claim"}
-    brought = SettledDelivery(claimed.id, "file:///out/a.v2.png", 2)
+    brought = SettledDelivery(claimed.id, "file:///out/a.v2.png", 2, file_sha256=signed)
     repository.settle_deliveries("w1", [brought])
     assert not repository.is_claimed(claimed.path)
-    assert [each.uri for each in repository.tombstones(pending=True) if each.kind == "file"] == [brought.path]
+    [file] = [each for each in repository.tombstones(pending=True) if each.kind == "file"]
+    assert (file.uri, file.sha256) == (brought.path, signed or claimed.artifact.sha256)
     assert dict(repository.finish_runs()) == {run_id: RunState.DONE}
     assert not repository.verify()
 
