@@ -28,10 +28,12 @@ from kontext_batch.cli import (
     output,
     plan,
     recipes,
+    reproduce,
     run,
     runs,
     schedules,
     steps,
+    verify,
     webhooks,
     workspace,
 )
@@ -78,6 +80,8 @@ for command in (
     runs.status,
     steps.explain,
     steps.lineage,
+    reproduce.reproduce,
+    verify.verify,
     workspace.doctor,
     workspace.gc,
 ):
