@@ -19,6 +19,7 @@ from kontext_batch.planning.params import SAMPLING, step_key
 from kontext_batch.planning.plan import OPERATIONS_LANE, ImageInfo, StepInput
 from kontext_batch.ports import (
     BatchMemberRow,
+    BatchRecord,
     BatchRow,
     EditJob,
     Editor,
@@ -419,7 +420,7 @@ def missing_weights(params: Mapping[str, Any], registered: Mapping[tuple[str, st
     return reasons
 
 
-def differences(batch: BatchRow, params: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+def differences(batch: BatchRow | BatchRecord, params: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     """What is not as it was when the batch was computed. `about`: what the editor says of itself now."""
     then: dict[str, str] = {"device": batch.device, **batch.libraries}
     libraries = {name: str(version) for name, version in about.get("libraries", {}).items()}
