@@ -106,7 +106,10 @@ def explain(
     workspace: common.WorkspaceOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Why a step ran, what became of it and what stopped it; of a run, every step that did not succeed.
+    """Why a step ran or did not, and what became of it; of a run, every step that did not succeed.
+
+    It names what changed since the run before and in which line of the recipe, lost leases, the step above that failed,
+    the run that a found picture was made for.
 
     Example: kontext-batch explain run:12
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import sqlite3
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from safetensors.numpy import load_file, save_file
 
 from kontext_batch.bootstrap import model_entry
 from kontext_batch.cli import main
@@ -116,3 +119,42 @@ def test_a_picture_of_a_mixed_batch_is_made_again(
 def dump(shop: Path) -> Sequence[str]:
     with closing(sqlite3.connect(shop / "kontext-out" / "kontext.db")) as conn:
         return [line for line in conn.iterdump() if "audit" not in line]
+
+
+def test_a_stored_picture_that_was_changed_is_told_with_how_far_and_where(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys)
+    step = query(shop, "SELECT step_id FROM run_steps WHERE node = 'staged'")[0][0]
+    sql = "SELECT slot, uri FROM artifacts a JOIN step_outputs o ON o.sha256 = a.sha256 WHERE o.step_id = ?"
+    files = {slot: Path(uri.removeprefix("file://")) for slot, uri in query(shop, sql, step)}
+    image = Image.open(files["image"])
+    image.load()
+    before = image.getpixel((30, 20))
+    assert isinstance(before, tuple)
+    image.putpixel((30, 20), (before[0] ^ 64, *before[1:]))
+    image.save(files["image"], "PNG")
+    latents = load_file(files["latents"])
+    latents["latents"][0, 0] += 0.5
+    save_file(latents, files["latents"], metadata={"size": "64x64"})
+    code, [found], told = reproduce(capsys, step)
+    assert (code, found["equal"]) == (1, False)
+    assert (found["picture"]["box"], found["picture"]["worst"]) == ([30, 20, 1, 1], [30, 20, 64])
+    pixels = 3 * found["picture"]["size"][0] * found["picture"]["size"][1]
+    assert found["picture"]["psnr"] == pytest.approx(10 * math.log10(255**2 * pixels / 64**2))
+    assert found["latents"] == pytest.approx(0.5)
+    assert told.count("is damaged, its sha256 is not the one that was committed; the replay is what was committed") == 2
+
+    query(shop, "UPDATE step_params SET params = json_set(params, '$.seed', 1) WHERE step_id = ?", step)
+    assert main.main(["reproduce", str(step)]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"  it differs\n  PSNR \d+\.\d dB; what differs lies in \d+x\d+ pixels from \d+,\d+; ", said.out)
+    assert re.search(r"\n  latents differ by at most \d", said.out)
+    assert "its parameters in the database are not those that its key was made of" in said.err
+
+    (shop / "photos" / "mug.png").write_bytes((shop / "photos" / "bag.png").read_bytes())
+    assert main.main(["reproduce", "clean"]) == 2
+    assert "3 steps are meant; give the number of one: " in capsys.readouterr().err
+    clean = query(shop, "SELECT step_id FROM run_steps WHERE node = 'clean' AND axes LIKE '%mug%'")[0][0]
+    assert main.main(["reproduce", str(clean)]) == 5
+    assert "mug.png: the photo is another one than then" in capsys.readouterr().err

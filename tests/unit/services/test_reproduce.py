@@ -15,7 +15,7 @@ from PIL import Image
 
 from kontext_batch.errors import InfrastructureError, PlanRefused, StepError
 from kontext_batch.ports import BatchMember, BatchRecord, EditJob, LeasedStep, MadePicture
-from kontext_batch.services.execute import Executor, Loaded
+from kontext_batch.services.execute import Executor, Finished, Loaded
 from kontext_batch.services.reproduce import Replay, Replayer, Weights, differences, finished_from, sample_together
 from tests.stepping import SteppingEditor
 from tests.unit.services.conftest import Studio, ToyEditor
@@ -174,7 +174,9 @@ def sample(executor: Executor, steps: Sequence[LeasedStep], joins: Sequence[int]
     waiting = [(executor.load(step), joined) for step, joined in zip(steps, joins, strict=True)]
     joined_at = {step.id: (joined, place) for place, (step, joined) in enumerate(zip(steps, joins, strict=True))}
     by_id = {step.id: step for step in steps}
-    finished, members, clock = [], [], 0
+    finished: list[Finished] = []
+    members: list[BatchMember] = []
+    clock = 0
     with executor.editor.session(steps[0].params) as session:
         while len(finished) < len(steps):
             while waiting and waiting[0][1] <= clock:
