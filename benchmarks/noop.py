@@ -192,6 +192,9 @@ class NoOperations:
     def run(self, operation: str, params: Mapping[str, Any], pictures: Sequence[LoadedPicture]) -> MadePicture:
         return MadePicture(_made(params, "image"), "image/png", 1024, 1024)
 
+    def describe(self) -> Mapping[str, Any]:
+        return {"device": "cpu", "libraries": {"pillow": "13.0.0"}}
+
 
 def make_worker(repository: SqlRepository, wake_ups: WakeUps) -> Worker:
     """A worker in this process, as `bootstrap` makes it."""

@@ -38,7 +38,8 @@ from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.notify import Notifier
 from kontext_batch.services.prepare import Planner
-from kontext_batch.services.reproduce import Replayer, Weights
+from kontext_batch.services.recorded import Weights
+from kontext_batch.services.reproduce import Replayer
 from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
 from kontext_batch.settings import Settings

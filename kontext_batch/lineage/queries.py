@@ -306,7 +306,7 @@ def step_uses(conn: sa.Connection, step_id: int) -> list[StepUse]:
     ]
 
 
-def nearest_instance(conn: sa.Connection, use: StepUse, *, later: bool) -> tuple[int, StoredInstance] | None:
+def nearest_instance(conn: sa.Connection, use: StepUse, *, later: bool) -> tuple[int, int, StoredInstance] | None:
     beyond = RUN_STEPS.run_id > use.run_id if later else RUN_STEPS.run_id < use.run_id
     row = conn.execute(
         sa.select(t.run_steps, STEPS.key, STEPS.operation, STEPS.state, t.step_params.c.params)
@@ -325,7 +325,7 @@ def nearest_instance(conn: sa.Connection, use: StepUse, *, later: bool) -> tuple
     ).first()
     if row is None:
         return None
-    return row.run_id, _instance(row, _inputs_of(conn, [row.step_id]).get(row.step_id, ()))
+    return row.run_id, row.step_id, _instance(row, _inputs_of(conn, [row.step_id]).get(row.step_id, ()))
 
 
 def ancestors(conn: sa.Connection, step_id: int) -> list[tuple[int, int, str]]:

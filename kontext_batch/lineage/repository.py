@@ -375,7 +375,7 @@ class SqlRepository:
     def step_uses(self, step_id: int) -> Sequence[StepUse]:
         return self._db.read(queries.step_uses, step_id)
 
-    def nearest_instance(self, use: StepUse, *, later: bool) -> tuple[int, StoredInstance] | None:
+    def nearest_instance(self, use: StepUse, *, later: bool) -> tuple[int, int, StoredInstance] | None:
         return self._db.read(queries.nearest_instance, use, later=later)
 
     def stored_steps(self, ids: Iterable[int]) -> Mapping[int, StoredStep]:

@@ -111,6 +111,10 @@ class Operations(Protocol):
         """Raises `StepError` when a picture does not decode or the result cannot meet its limits."""
         ...
 
+    def describe(self) -> Mapping[str, Any]:
+        """As `Editor.describe`."""
+        ...
+
 
 Probe = Callable[[bytes], tuple[str, int, int]]
 """Format (Pillow's name), width and height after EXIF orientation of a picture file, from its header alone.

@@ -441,8 +441,9 @@ class Repository(Protocol):
         """Runs that wanted the step, the oldest first; each once, with its first instance."""
         ...
 
-    def nearest_instance(self, use: StepUse, *, later: bool) -> tuple[int, StoredInstance] | None:
-        """The run nearest before, or after, that of `use` whose recipe has that instance, and how it had it."""
+    def nearest_instance(self, use: StepUse, *, later: bool) -> tuple[int, int, StoredInstance] | None:
+        """The run nearest before, or after, that of `use` in which its recipe has that instance; the id of its step
+        there, and how it had it."""
         ...
 
     def stored_steps(self, ids: Iterable[int]) -> Mapping[int, StoredStep]:

@@ -11,16 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kontext_batch.errors import InfrastructureError, NotAllowed, ObjectNotFound, PlanRefused, StepError
 from kontext_batch.hashing import sha256_hex
-from kontext_batch.planning.params import SAMPLING, step_key
-from kontext_batch.planning.plan import OPERATIONS_LANE, ImageInfo, StepInput
+from kontext_batch.planning.params import SAMPLING
+from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
     BatchMemberRow,
-    BatchRecord,
-    BatchRow,
     EditJob,
     Editor,
     EditSession,
@@ -37,19 +34,7 @@ from kontext_batch.ports import (
     StoredParent,
     StoredStep,
 )
-
-INVARIANT = "+batch-invariant"
-"""End of the numeric mode of a batch whose pictures do not depend on one another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A model or adapter as it is registered here."""
-
-    sha256: str
-    path: str
-    unchanged: bool
-    """Whether its files are those that were registered."""
+from kontext_batch.services.recorded import Recorded, Weights, differences, gaps, has_its_key, missing_weights, recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +65,6 @@ class Replay:
     made: MadePicture = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """How the batch had a step."""
-
-    batch: BatchRow | None
-    members: tuple[BatchMemberRow, ...] = ()
-    """Those that were in while it was, itself among them, in the order in which they joined."""
-    unknown: int = 0
-    """How many others joined before it left, of which nothing else is known."""
-
-    @property
-    def invariant(self) -> bool:
-        return self.batch is not None and self.batch.numeric_mode.endswith(INVARIANT)
-
-    @property
-    def rows(self) -> int:
-        """Most that were in at once."""
-        return max((sum(m.joined <= each.joined < m.left for m in self.members) for each in self.members), default=1)
-
-
 @dataclass(slots=True)
 class Replayer:
     """Computes steps again."""
@@ -126,28 +91,30 @@ class Replayer:
         Raises `PlanRefused` with all that stands against it, `StepError` when it fails now.
         """
         step = self._stored(step_id)
-        recorded = self._recorded(step)
+        record = recorded(self.repository, step)
         told: list[str] = []
         job, reasons = self._job(step, told)
         if step.operation in SAMPLING:
             reasons += missing_weights(step.params, self.weights)
         if reasons:
             raise PlanRefused(reasons)
-        told += [] if _has_its_key(step) else ["its parameters in the database are not those that its key was made of"]
+        told += [] if has_its_key(step) else ["its parameters in the database are not those that its key was made of"]
         changes: list[str] = []
         beside: tuple[int, ...] = ()
         if step.lane == OPERATIONS_LANE:
-            self._say(told)
+            if record.batch is not None:
+                changes += differences(record.batch, step.params, self.operations.describe())
+            self._say([*told, *changes])
             made = self.operations.run(step.operation, job.params, job.pictures)
         else:
-            together = not alone and not recorded.invariant
-            members = recorded.members if together else ()
-            told += _gaps(recorded) if together else []
+            together = not alone and not record.invariant
+            members = record.members if together else ()
+            told += gaps(record) if together else []
             queue = self._queue(step, job, members, told)
             self._say(told)
             beside = tuple(each for each, _, _ in queue if each != step.id)
-            made = self._sampled(step, queue, recorded, changes)
-        return self._compared(step, recorded, made, beside, changes, told)
+            made = self._sampled(step, queue, record, changes)
+        return self._compared(step, record, made, beside, changes, told)
 
     def _stored(self, step_id: int) -> StoredStep:
         step = self.repository.stored_steps([step_id])[step_id]
@@ -156,21 +123,6 @@ class Replayer:
             raise PlanRefused([f"step {step_id} {state}: nothing is stored that it could be compared with"])
         self.admit(step.recipes)
         return step
-
-    def _recorded(self, step: StoredStep) -> _Recorded:
-        """The batch in which it was done, as far as it was in."""
-        done = [each for each in self.repository.attempts(step.id) if each.outcome == "ok"]
-        if not done or done[-1].batch_id is None:
-            return _Recorded(None)
-        batch = self.repository.batch(done[-1].batch_id)
-        mine = next((each for each in batch.members if each.step_id == step.id), None)
-        if mine is None or step.lane == OPERATIONS_LANE:
-            return _Recorded(batch)
-        beside = [each for each in batch.members if each.joined < mine.left and mine.joined < each.left]
-        beside.sort(key=lambda each: (each.joined, each.place is None, each.place or 0, each.step_id))
-        places = {each.place for each in batch.members}
-        last = max((each.place for each in beside if each.place is not None), default=-1)
-        return _Recorded(batch, tuple(beside), sum(place not in places for place in range(last)))
 
     # ----------------------------------------------------------------------------------------------------------- read
 
@@ -280,14 +232,14 @@ class Replayer:
     # --------------------------------------------------------------------------------------------------------- sample
 
     def _sampled(
-        self, step: StoredStep, queue: Sequence[tuple[int, int, EditJob]], recorded: _Recorded, changes: list[str]
+        self, step: StoredStep, queue: Sequence[tuple[int, int, EditJob]], record: Recorded, changes: list[str]
     ) -> MadePicture:
-        rows = recorded.rows if len(queue) > 1 else 1
-        editor = self.editor(rows, recorded.invariant)
+        rows = record.rows if len(queue) > 1 else 1
+        editor = self.editor(rows, record.invariant)
         prepared = [(each, joined, editor.prepare(job)) for each, joined, job in queue]
         with editor.session(step.params) as session:
-            if recorded.batch is not None:
-                changes += differences(recorded.batch, step.params, editor.describe())
+            if record.batch is not None:
+                changes += differences(record.batch, step.params, editor.describe())
                 self._say(changes)
             return sample_together(session, prepared, step.id)
 
@@ -296,7 +248,7 @@ class Replayer:
     def _compared(
         self,
         step: StoredStep,
-        recorded: _Recorded,
+        record: Recorded,
         made: MadePicture,
         beside: tuple[int, ...],
         changes: Sequence[str],
@@ -332,8 +284,8 @@ class Replayer:
             step_id=step.id,
             operation=step.operation,
             equal=same_picture and same_latents,
-            batch_id=None if recorded.batch is None else recorded.batch.id,
-            batch_invariant=recorded.invariant,
+            batch_id=None if record.batch is None else record.batch.id,
+            batch_invariant=record.invariant,
             beside=beside,
             picture=picture,
             latents=latents,
@@ -398,70 +350,6 @@ def sample_together(session: EditSession, queue: Sequence[tuple[int, int, Prepar
                 if isinstance(result, StepError):
                     raise result
                 return result.encode()
-
-
-def missing_weights(params: Mapping[str, Any], registered: Mapping[tuple[str, str], Weights]) -> list[str]:
-    """Why the model and adapters of these params are not to be had, each with what to do."""
-    wanted = [("model", str(params["model"]), str(params["model_sha256"]))]
-    wanted += [("adapter", str(each["name"]), str(each["sha256"])) for each in params["adapters"]]
-    reasons = []
-    for kind, name, sha256 in wanted:
-        found = registered.get((kind, name))
-        add = f"`kontext-batch {kind}s add {name} PATH`, with the files of then"
-        if found is None:
-            reasons.append(f"{kind} '{name}' (sha256 {sha256[:12]}) is not registered here; {add}")
-        elif found.sha256 != sha256:
-            reasons.append(
-                f"{kind} '{name}' is registered here with other weights (sha256 {found.sha256[:12]}, {sha256[:12]} "
-                f"then); {add}"
-            )
-        elif not found.unchanged:
-            reasons.append(f"the files of {kind} '{name}' in {found.path} are not those that were registered; {add}")
-    return reasons
-
-
-def differences(batch: BatchRow | BatchRecord, params: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when the batch was computed. `about`: what the editor says of itself now."""
-    then: dict[str, str] = {"device": batch.device, **batch.libraries}
-    libraries = {name: str(version) for name, version in about.get("libraries", {}).items()}
-    now = {"device": str(about.get("device")), **libraries}
-    found = [
-        f"{name}: {then[name]} then, {now.get(name, 'not there')} now"
-        for name in sorted(then)
-        if then[name] != now.get(name)
-    ]
-    mode = batch.numeric_mode.removesuffix(INVARIANT)
-    if mode != params.get("numeric_mode"):
-        found.append(f"numeric mode: {mode} then, {params.get('numeric_mode')} now")
-    if batch.model_sha256 != params.get("model_sha256"):
-        found.append(f"model: sha256 {batch.model_sha256} then, {params.get('model_sha256')} now")
-    return found
-
-
-def _gaps(recorded: _Recorded) -> list[str]:
-    """What the record of a batch does not say."""
-    if recorded.batch is None:
-        return ["the batch in which it was computed was not recorded: it is computed alone"]
-    found = []
-    if len(recorded.members) > 1 and any(each.place is None for each in recorded.members):
-        found.append("who came before whom at the same denoise step was not recorded: the older step is taken first")
-    if recorded.unknown:
-        found.append(
-            f"{recorded.unknown} more joined the batch and left no result (given back, lost or refused): if they were "
-            "in with it, they are missing now"
-        )
-    return found
-
-
-def _has_its_key(step: StoredStep) -> bool:
-    """Whether the database still has the parameters and inputs that the step's key was made of."""
-    sources = [
-        StepInput(each.role, each.position, ImageInfo(each.uri, "", each.sha256, 0, 0, 0, ""), None)
-        for each in step.sources
-    ]
-    parents = [StepInput(each.role, each.position, None, each.key) for each in step.parents]
-    inputs = sorted([*sources, *parents], key=lambda each: (each.role, each.position))
-    return step_key(step.operation, step.params, inputs) == step.key
 
 
 def finished_from(repository: Repository, step_id: int) -> list[int]:

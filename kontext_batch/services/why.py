@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kontext_batch.planning.explain import Computed, differences, written_at
 from kontext_batch.planning.render import axes_text
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports import AttemptRow, Repository, StepRow, StepUse, StoredInstance, StoredStep
+from kontext_batch.ports import AttemptRow, Repository, RunSummary, StepRow, StepUse, StoredInstance, StoredStep
 from kontext_batch.recipes.source import Source, read_yaml
 
 AT = "%Y-%m-%d %H:%M:%S"
@@ -22,6 +22,7 @@ class Explainer:
 
     repository: Repository
     _recipes: dict[int, Source] = field(default_factory=dict)
+    _runs: dict[int, RunSummary] = field(default_factory=dict)
 
     def why(self, row: StepRow) -> Sequence[str]:
         """What is to be said of a step."""
@@ -41,7 +42,7 @@ class Explainer:
         if before is None:
             yield f"never run before run {use.run_id} ({use.file}:{use.line})"
             return
-        run_id, stored = before
+        run_id, _, stored = before
         for reason in self._differences(stored, _computed(step), use, step):
             yield f"since run {run_id}: {reason}"
         yield from self._rejected(use.run_id, "the picture of before")
@@ -50,19 +51,16 @@ class Explainer:
         after = self.repository.nearest_instance(use, later=True)
         if after is None:
             return
-        run_id, stored = after
-        newer = next((each for each in self.repository.find_steps(stored.key) if each.key == stored.key), None)
-        there = None if newer is None else self.repository.stored_steps([newer.id]).get(newer.id)
-        now = StepUse(run_id, use.recipe, use.created, use.node, use.axes, use.candidate, False, use.file, use.line)
-        for reason in self._differences(_computed(step), stored, now, there):
-            by = "" if newer is None else f" by step {newer.id}"
-            yield f"replaced in run {run_id}{by}: {reason}"
+        run_id, newer_id, stored = after
+        newer = self.repository.stored_steps([newer_id])[newer_id]
+        for reason in self._differences(_computed(step), stored, replace(use, run_id=run_id), newer):
+            yield f"replaced in run {run_id} by step {newer_id}: {reason}"
         yield from self._rejected(run_id, "it")
 
     def _differences(
-        self, old: StoredInstance | Computed, new: StoredInstance | Computed, use: StepUse, step: StoredStep | None
+        self, old: StoredInstance | Computed, new: StoredInstance | Computed, use: StepUse, step: StoredStep
     ) -> Sequence[str]:
-        parents = [] if step is None else self.repository.steps_by_id(each.step_id for each in step.parents)
+        parents = self.repository.steps_by_id(each.step_id for each in step.parents)
         return differences(
             old, new, place=self._place(use, new.operation), nodes={each.key: each.node for each in parents}
         )
@@ -89,7 +87,7 @@ class Explainer:
                 undone = [each.step_id for each in step.parents if each.state is not StepState.DONE]
                 yield f"it waits for {self._named(undone)}"
             case StepState.READY:
-                paused = [each.run_id for each in uses if self.repository.run(each.run_id).state is RunState.PAUSED]
+                paused = [each.run_id for each in uses if self._run(each.run_id).state is RunState.PAUSED]
                 held = f": run {paused[-1]} is paused" if paused else ": no worker has claimed it yet"
                 yield f"it is ready and waits{held}"
             case StepState.LEASED:
@@ -97,7 +95,7 @@ class Explainer:
             case StepState.QUARANTINED:
                 yield f"quarantined: {row.losses} workers were lost with it; `runs retry RUN --failed` tries it again"
             case StepState.CANCELLED:
-                run = self.repository.run(uses[-1].run_id)
+                run = self._run(uses[-1].run_id)
                 yield f"cancelled: no open run wants it; run {run.id} is {run.state}" + (
                     f" ({run.reason})" if run.reason else ""
                 )
@@ -105,6 +103,11 @@ class Explainer:
                 image = step.outputs.get("image")
                 if image is not None and image.collected is not None:
                     yield f"its picture was collected at {image.collected:{AT}}; a run that needs it makes it again"
+
+    def _run(self, run_id: int) -> RunSummary:
+        if run_id not in self._runs:
+            self._runs[run_id] = self.repository.run(run_id)
+        return self._runs[run_id]
 
     def _skipped(self, step: StoredStep) -> Iterator[str]:
         """The steps above that are the cause, not those that were skipped with it."""

@@ -123,14 +123,15 @@ def test_uses_of_a_step_and_the_instances_around_them(repository: SqlRepository)
     assert repository.nearest_instance(uses[0], later=False) is None
     found = repository.nearest_instance(uses[1], later=False)
     assert found is not None
-    assert (found[0], found[1].key, found[1].inputs) == (
+    assert (found[0], found[1], found[2].key, found[2].inputs) == (
         first,
+        step_id,
         key("a"),
         (("image", 0, source("a").uri, source("a").sha256),),
     )
     after = repository.nearest_instance(uses[1], later=True)
     assert after is not None
-    assert after[0] == third
+    assert after[:2] == (third, repository.run_steps(third)[0].id)
     assert repository.nearest_instance(uses[2], later=True) is None
     assert repository.step_uses(999) == []
 

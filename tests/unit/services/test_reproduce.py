@@ -16,7 +16,8 @@ from PIL import Image
 from kontext_batch.errors import InfrastructureError, PlanRefused, StepError
 from kontext_batch.ports import BatchMember, BatchRecord, EditJob, LeasedStep, MadePicture
 from kontext_batch.services.execute import Executor, Finished, Loaded
-from kontext_batch.services.reproduce import Replay, Replayer, Weights, differences, finished_from, sample_together
+from kontext_batch.services.recorded import Weights, differences
+from kontext_batch.services.reproduce import Replay, Replayer, finished_from, sample_together
 from tests.stepping import SteppingEditor
 from tests.unit.services.conftest import Studio, ToyEditor
 
@@ -382,9 +383,25 @@ def test_weights_that_are_not_those_of_then_are_refused(
 def test_differences_name_device_libraries_and_mode() -> None:
     record = BatchRecord("w", "edit/x", "cuda:0 H100", "a", "bfloat16", {"torch": "2.6"}, (BatchMember(1, 0, 2),))
     params = {"numeric_mode": "float32", "model_sha256": "a"}
-    about = {"device": "cpu", "libraries": {"torch": "2.7"}}
+    about = {"device": "cpu", "libraries": {"torch": "2.7", "more": "1"}}
     assert differences(record, params, about) == [
         "device: cuda:0 H100 then, cpu now",
         "torch: 2.6 then, 2.7 now",
         "numeric mode: bfloat16 then, float32 now",
     ]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "same"),
+    [
+        ("cuda:0 H100", "cuda:1 H100", True),
+        ("cuda:0 H100", "cuda:0 L4", False),
+        ("cuda:0", "cuda:0 H100", True),
+        ("cuda", "cpu", False),
+        ("cpu", "cpu", True),
+    ],
+)
+def test_a_device_is_the_same_by_its_name_wherever_it_sits(then: str, now: str, same: bool) -> None:
+    record = BatchRecord("w", "edit/x", then, "a", "float32", {}, ())
+    told = differences(record, {"numeric_mode": "float32", "model_sha256": "a"}, {"device": now, "libraries": {}})
+    assert told == ([] if same else [f"device: {then} then, {now} now"])
