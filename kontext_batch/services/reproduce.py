@@ -342,6 +342,8 @@ def sample_together(session: EditSession, queue: Sequence[tuple[int, int, Prepar
                     raise
                 continue
             inside += 1
+        if not inside:  # those of this step are not in after all
+            continue
         session.step()
         clock += 1
         for ticket, result in session.retire():

@@ -73,7 +73,7 @@ def test_a_pause_in_which_nobody_was_in_is_not_sampled() -> None:
 
 def test_what_is_wrong_with_others_is_no_matter_but_with_the_one_wanted() -> None:
     editor = Watched(wrong="a")
-    assert together(editor, [("refused", 0), ("a", 0), ("b", 0)], "b").data == b"b"
+    assert together(editor, [("refused", 0), ("a", 2), ("b", 2)], "b").data == b"b"
     with pytest.raises(StepError, match="not finite"):
         together(editor, [("a", 0), ("b", 0)], "a")
 
