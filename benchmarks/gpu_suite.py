@@ -1,10 +1,11 @@
 """All of the engine's speed on one GPU in one command of at most nine minutes: correctness, ceilings, and every arm.
 
 Random weights of Kontext-dev's sizes are made on the device (12 B; diffusers' transformer shares their memory), and one
-edit at 1024x1024 with 28 steps is timed: diffusers eager and compiled, ours exact, in fp8, and approximate; then rows
-in one pass, requests that join and leave, and how busy the device is while they do. The card's own ceilings for the
-model's matrix products and its attention stand beside. Goals hold on an H100: exact at most 7.6 s, at least 1.55 of
-diffusers eager and 1.03 of diffusers compiled; fp8 at most 5.9 s; approximate at most 2.6 s.
+edit at 1024x1024 with 28 steps is timed: diffusers eager and compiled, ours exact, with compiled kernels, in fp8, and
+approximate; then rows in one pass, requests that join and leave, and how busy the device is while they do; and the
+shipped small model with CUDA graphs. The card's own ceilings for the model's matrix products and its attention stand
+beside. Goals hold on an H100: exact at most 7.6 s, at least 1.55 of diffusers eager and 1.03 of diffusers compiled; fp8
+at most 5.9 s; approximate at most 2.6 s.
 
 Without a GPU, or with --small, the same is run with a small model on what there is, and the goals of seconds stay open.
 
@@ -276,6 +277,23 @@ class Suite:
             f"{inside / wall:.0%} of the time in denoise steps (encoding and decoding take the rest)"
         )
 
+    def graphs(self) -> None:
+        """The shipped model at 128x128, kernel by kernel and with CUDA graphs."""
+        if self.device.type != "cuda":
+            self.notes.append("CUDA graphs: not run, they need a card")
+            return
+        engine = KontextEngine.load(shipped_folder(), device=self.device)
+        small = {"width": 128, "height": 128, "steps": 28}
+        latents = []
+        for name, on in (("shipped model", False), ("shipped model with CUDA graphs", True)):
+            engine.cuda_graphs = on
+            latents.append(engine.edit([self.request(**small)])[0].latents)
+            self.arm(name, self.fresh(engine, **small))
+        equal = torch.equal(*latents)
+        self.notes.append(f"results with CUDA graphs are {'equal' if equal else 'NOT equal'} bit for bit")
+        if not equal:
+            self.failed.append("CUDA graphs change results")
+
 
 def main() -> int:
     parser = command.parser(__doc__, quick="the same as --small")
@@ -301,7 +319,11 @@ def main() -> int:
     engine.approximation = Approximation()
     suite.packing(engine)
     suite.step_level(engine)
+    suite.graphs()
     if large:
+        engine.kernels = kernels_for(device, compiled=True)
+        suite.arm("ours with compiled kernels", suite.fresh(engine), needs=60)
+        engine.kernels = kernels_for(device)
         peer.transformer.compile_repeated_blocks(fullgraph=True)
         suite.arm("diffusers compiled", lambda: suite.peer_edit(peer), needs=150)
     peer = None  # it shares the weights whose place fp8 takes

@@ -2,9 +2,10 @@
 
 The middle model (71 M), one row of 640 tokens (128 text, 256 target, 256 context). Each way without one
 optimisation runs turn about with the engine as it is; its figure is the median of the ratios. Goals: none of them may
-cost more than it gains (2 % are allowed for noise).
+cost more than it gains (2 % are allowed for noise). --compile tells besides what kernels of torch.compile would bring,
+with one row and with four; no goal hangs on it.
 
-    python -m benchmarks.profile_step [--quick] [--json FILE]
+    python -m benchmarks.profile_step [--quick] [--compile] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from benchmarks import command
 from benchmarks.packing import GRIDS, STEPS, conditioned, places, run
 from benchmarks.random_model import MIDDLE, random_transformer
 from engine import attention, linear
-from engine.packed import Place
+from engine.kernels import kernels_for
+from engine.packed import Place, velocities
 from engine.sampling import schedule
 from engine.transformer import FlowTransformer
 
@@ -125,13 +127,25 @@ def ablations(flow: FlowTransformer) -> dict[str, Callable[[int], float]]:
     return found
 
 
+def compiling(flow: FlowTransformer, rounds: int) -> dict[str, float]:
+    """Seconds of a step over seconds with compiled kernels, with so many rows."""
+    kernels = kernels_for(flow.img_in.weight.device, compiled=True)
+
+    def ratio(rows: Sequence[Place]) -> float:
+        return gain(lambda: velocities(flow, rows, kernels=kernels), lambda: run(flow, rows), rounds)
+
+    return {f"{count} rows": ratio(places(flow, count)) for count in (1, 4)}
+
+
 def _within(context: Callable[[], Any], work: Arm) -> object:
     with context():
         return work()
 
 
 def main() -> int:
-    options = command.parser(__doc__, quick="four rounds instead of fifteen").parse_args()
+    parser = command.parser(__doc__, quick="four rounds instead of fifteen")
+    parser.add_argument("--compile", action="store_true", help="also with the kernels of torch.compile")
+    options = parser.parse_args()
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     console, found, missed = Console(width=110), {}, []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -154,6 +168,9 @@ def main() -> int:
             table.add_row(what, f"{ratio:.3f}")
         console.print(table)
         found[name] = {"milliseconds": spent, "gains": gains}
+        if options.compile:
+            found[name]["compiled"] = compiling(flow, rounds)
+            print(f"{name}: time over time with compiled kernels: {found[name]['compiled']}")
         missed += [f"{name}: {what} ({ratio:.3f})" for what, ratio in gains.items() if ratio < ALLOWED]
     print("costs more than it gains: " + "; ".join(missed) if missed else "all goals met")
     if options.json:

@@ -1,6 +1,7 @@
-"""How a result is computed, as one word: the dtype, and what approximate sampling leaves out. No torch here.
+"""How a result is computed, as one word: the dtype, whether torch.compile made the kernels, and what approximate
+sampling leaves out. No torch here.
 
-`float32`, `bfloat16`, `float8`; `bfloat16+steps=0.05+context=4` is approximate.
+`float32`, `bfloat16`, `float8`; `float32+compiled`; `bfloat16+steps=0.05+context=4` is approximate.
 """
 
 from __future__ import annotations
@@ -49,22 +50,26 @@ class Mode:
 
     dtype: str
     approximation: Approximation = EXACT
+    compiled: bool = False
+    """Whether torch.compile made the kernels between linears and attention, which round otherwise."""
 
     def __str__(self) -> str:
         near = self.approximation
+        compiled = "+compiled" if self.compiled else ""
         steps = f"+steps={near.step_tolerance:g}" if near.step_tolerance else ""
         context = f"+context={near.context_every}" if near.keeps_context else ""
-        return self.dtype + steps + context
+        return self.dtype + compiled + steps + context
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """The mode that a word stands for; raises `ConfigError` for one that this version does not know."""
         dtype, *parts = text.split("+")
-        settings = dict(part.partition("=")[::2] for part in parts)
+        compiled = "compiled" in parts
+        settings = dict(part.partition("=")[::2] for part in parts if part != "compiled")
         try:
             near = Approximation(float(settings.pop("steps", 0)), int(settings.pop("context", 1)))
         except ValueError as error:
             raise ConfigError(f"the numeric mode {text!r} is not known here ({error})") from error
         if settings or dtype not in DTYPES:
             raise ConfigError(f"the numeric mode {text!r} is not known here")
-        return cls(dtype, near)
+        return cls(dtype, near, compiled)

@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from engine.attention import Kernel, attend, kernel_for
-from engine.kernels import Rows, kernels_for
+from engine.kernels import Kernels, Rows, kernels_for
 from engine.layers import DoubleStreamBlock, SingleStreamBlock
 from engine.linear import Linear
 from engine.reuse import ContextMemory
@@ -130,8 +130,10 @@ def _modulation(linear: Linear, lit: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def velocities(model: FlowTransformer, places: Sequence[Place], *, apart: bool = False) -> list[Tensor]:
-    """Velocity (n, channels) fp32 of each place's target tokens.
+def velocities(
+    model: FlowTransformer, places: Sequence[Place], *, apart: bool = False, kernels: Kernels | None = None
+) -> list[Tensor]:
+    """Velocity (n, channels) fp32 of each place's target tokens; `kernels`: others than the device's quickest.
 
     `apart`: no operation is on the tokens of more than one place, so that each result is bit for bit that of the place
     alone. The places take turns at each linear, which leaves its weights in the cache for the next place.
@@ -140,8 +142,10 @@ def velocities(model: FlowTransformer, places: Sequence[Place], *, apart: bool =
     for place in places:
         if place.memory is not None and not place.remembers:
             place.memory.renew(place.step)
+    kernels = kernels or kernels_for(weight.device)
     with kernel_for(weight.device, weight.dtype) as kernel:
-        passes = [_Pass(model, each, kernel) for each in ([[place] for place in places] if apart else [places])]
+        parts = [[place] for place in places] if apart else [places]
+        passes = [_Pass(model, each, kernel, kernels) for each in parts]
         for _ in zip(*(each.turns() for each in passes), strict=True):
             pass
     return [velocity for each in passes for velocity in each.velocities]
@@ -165,13 +169,12 @@ def _heads(x: Tensor, heads: int, parts: int = 3) -> Tensor:
 class _Pass:
     """One forward pass over some places."""
 
-    def __init__(self, model: FlowTransformer, places: Sequence[Place], kernel: Kernel) -> None:
-        self.model, self.places, self.kernel = model, places, kernel
+    def __init__(self, model: FlowTransformer, places: Sequence[Place], kernel: Kernel, kernels: Kernels) -> None:
+        self.model, self.places, self.kernel, self.kernels = model, places, kernel, kernels
         self.conditions = conditions = [place.condition for place in places]
         texts = [each.text.shape[0] for each in conditions]
         targets = [place.x.shape[0] for place in places]
         device = model.img_in.weight.device
-        self.kernels = kernels_for(device)
         counted = partial(Rows.counted, device=device)
         self.texts, self.targets = counted(texts), counted(targets)
         self.images = counted(n + place.context.shape[0] for n, place in zip(targets, places, strict=True))

@@ -26,6 +26,7 @@ from engine.batching import DEFAULT_MAX_ROWS, DEFAULT_MAX_TOKENS
 from engine.config import ModelConfig
 from engine.errors import AdapterError, ConfigError, EngineError, NonFiniteError, RequestError
 from engine.kept import Kept
+from engine.kernels import Kernels, kernels_for
 from engine.latents import Latents, image_to_tensor, pack, tensor_to_image, unpack
 from engine.linear import FP8
 from engine.lora import CLIP, T5, TRANSFORMER, Adapter, Adapters
@@ -64,6 +65,7 @@ class KontextEngine:
         max_rows: int = DEFAULT_MAX_ROWS,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         approximation: Approximation = EXACT,
+        kernels: Kernels | None = None,
     ) -> None:
         _check_rows(max_rows)
         self.config = config
@@ -73,10 +75,14 @@ class KontextEngine:
         self.device = device
         self.max_rows = max_rows
         """Most rows alive at once."""
+        self.kernels = kernels or kernels_for(device)
+        """What runs between linears and attention."""
         self.max_tokens = max_tokens
         """Most tokens of one forward pass: bounds the memory of a step."""
         self.batch_invariant = False
         """Whether a result is to be the same, bit for bit, whatever else is in the batch."""
+        self.cuda_graphs = False
+        """Whether, on cuda, small passes of unchanged rows are launched whole (`engine.graphs`)."""
         self.approximation = approximation
         """What may be left out of sampling; the default is exact."""
         self.adapters = Adapters({TRANSFORMER: transformer, CLIP: text.clip, T5: text.t5})
@@ -97,21 +103,25 @@ class KontextEngine:
         config: ModelConfig | Mapping[str, Any] | None = None,
         max_rows: int = DEFAULT_MAX_ROWS,
         approximation: Approximation = EXACT,
+        compiled: bool = False,
     ) -> Self:
         """Load a diffusers folder, or a folder with BFL files, strictly; quantised weights (fp8, GGUF) become `dtype`.
 
         `device`: `auto` takes cuda, mps or cpu, in that order. `dtype` of transformer and text encoders: bfloat16 on
         cuda, else float32; float8_e4m3fn is bfloat16 with the linears of the blocks in fp8. The autoencoder is float32.
         `text_length`: T5 tokens of every prompt; left out, the tokenizer's own when at most 512, else 512. `config`:
-        sizes of BFL files, else their `config.json`, else Kontext-dev. On cuda the text encoders stay on the CPU, and
-        fewer than `max_rows` rows are taken at once, in passes of fewer tokens, when the device's memory is short with
-        rows that are sampled by `approximation` (see `engine.memory`). Raises `WeightsError` and `ConfigError`.
+        sizes of BFL files, else their `config.json`, else Kontext-dev. `compiled`: torch.compile makes what runs
+        between linears and attention, at the first requests; last bits differ. On cuda the text encoders stay on the
+        CPU, and fewer than `max_rows` rows are taken at once, in passes of fewer tokens, when the device's memory is
+        short with rows that are sampled by `approximation` (see `engine.memory`). Raises `WeightsError` and
+        `ConfigError`.
         """
         _check_rows(max_rows)
         chosen = choose_device(device)
         kind = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
         if kind == FP8 and not _multiplies_fp8(chosen):
             raise ConfigError(f"float8 is not to be had on {chosen}: it needs compute capability 8.9; take bfloat16")
+        kernels = kernels_for(chosen, compiled=compiled)
         sizes = config if config is None or isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         files = find_model(Path(path), sizes)
         text_device, max_rows, max_tokens = _placed(files, chosen, kind, max_rows, approximation)
@@ -125,6 +135,7 @@ class KontextEngine:
             max_rows=max_rows,
             max_tokens=max_tokens,
             approximation=approximation,
+            kernels=kernels,
         )
 
     def save(self, path: str | Path) -> None:

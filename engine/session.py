@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 import torch
 
 from engine import geometry
-from engine.batching import Batch, Row
+from engine.batching import Batch, Forward, Row
 from engine.errors import NonFiniteError
+from engine.graphs import Graphs
 from engine.latents import Latents, context_ids, draw_noise, grid_ids
 from engine.packed import Condition, condition, velocities
 from engine.requests import EditRequest, EditResult, check, size_of
@@ -51,7 +52,9 @@ class Session(Generic[Tag]):
 
     def __init__(self, engine: KontextEngine) -> None:
         self._engine = engine
-        forward = partial(velocities, engine.transformer, apart=engine.batch_invariant)
+        forward: Forward = partial(velocities, engine.transformer, apart=engine.batch_invariant, kernels=engine.kernels)
+        if engine.cuda_graphs and engine.device.type == "cuda":
+            forward = Graphs(forward)
         self._batch = Batch(forward, engine.max_rows, engine.max_tokens)
         self._alive: dict[Row, _Job[Tag]] = {}
         self._begun: torch.Event | None = None

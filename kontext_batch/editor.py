@@ -146,27 +146,34 @@ def count_tokens(folder: Path, prompt: str) -> int:
     return len(_t5_tokenizer(folder).encode(prompt).ids)
 
 
-def chosen_device(device: str) -> str:
-    """The device that the engine takes for this setting: `cuda`, `mps`, `cpu`, ... Raises `SettingsError`."""
+def chosen_device(device: str, *, compiled: bool) -> str:
+    """The device that the engine takes for this setting: `cuda`, `mps`, `cpu`, ... Raises `SettingsError`, also where
+    kernels are to be compiled and cannot be.
+    """
     from engine.errors import EngineError
+    from engine.kernels import kernels_for
     from engine.pipeline import choose_device
 
     try:
-        return str(choose_device(device))
+        chosen = choose_device(device)
+        kernels_for(chosen, compiled=compiled)
+        return str(chosen)
     except EngineError as error:
         raise SettingsError(str(error)) from error
 
 
-def numeric_mode(device: str, dtype: DType, *, step_tolerance: float = 0.0, context_every: int = 1) -> str:
-    """What results depend on: the dtype as set, else bfloat16 where a CUDA device will be used, else float32; and what
-    approximate sampling leaves out.
+def numeric_mode(
+    device: str, dtype: DType, *, step_tolerance: float = 0.0, context_every: int = 1, compiled: bool = False
+) -> str:
+    """What results depend on: the dtype as set, else bfloat16 where a CUDA device will be used, else float32; whether
+    kernels are compiled; and what approximate sampling leaves out.
     """
     from engine.modes import Approximation, Mode
 
     if dtype == "auto":
         cuda = device.startswith("cuda") or (device == "auto" and _has_cuda())
         dtype = "bfloat16" if cuda else "float32"
-    return str(Mode(dtype, Approximation(step_tolerance, context_every)))
+    return str(Mode(dtype, Approximation(step_tolerance, context_every), compiled))
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -220,9 +227,10 @@ class EngineEditor:
     max_pixels: int = 100_000_000
     batch_invariant: bool = False
     """Whether a picture is to be the same, bit for bit, whatever is sampled beside it."""
+    cuda_graphs: bool = False
     _engine: KontextEngine | None = None
-    _loaded: tuple[str, str, bool] | None = None
-    """Model, dtype, and whether room for context that is kept was planned."""
+    _loaded: tuple[str, str, bool, bool] | None = None
+    """Model, dtype, whether room for context that is kept was planned, and whether kernels are compiled."""
     _adapted: tuple[tuple[str, float], ...] = field(default=())
 
     @contextmanager
@@ -236,7 +244,7 @@ class EngineEditor:
         libraries = {name: version(name) for name in LIBRARIES}
         device = self.device
         if self._engine is not None:
-            device, more = _computes_by(self._engine.device)
+            device, more = _computes_by(self._engine)
             libraries |= more
         return {"device": device, "libraries": libraries, "batch_invariant": self.batch_invariant}
 
@@ -255,7 +263,7 @@ class EngineEditor:
                 raise InfrastructureError(f"{kind} '{name}' is not registered on this worker: {add}")
         try:
             mode = Mode.parse(params["numeric_mode"])
-            wanted = (str(params["model"]), mode.dtype, mode.approximation.keeps_context)
+            wanted = (str(params["model"]), mode.dtype, mode.approximation.keeps_context, mode.compiled)
             if self._loaded != wanted or self._engine is None:
                 self._engine, self._adapted = None, ()
                 self._engine = KontextEngine.load(
@@ -264,9 +272,11 @@ class EngineEditor:
                     dtype=_torch_dtype(mode.dtype),
                     max_rows=self.max_rows,
                     approximation=mode.approximation,
+                    compiled=mode.compiled,
                 )
                 self._loaded = wanted
             self._engine.batch_invariant = self.batch_invariant
+            self._engine.cuda_graphs = self.cuda_graphs
             self._engine.approximation = mode.approximation
             if self._adapted != adapters:
                 self._engine.unload_adapters()
@@ -327,13 +337,11 @@ class EngineEditor:
         return ground
 
 
-def _computes_by(device: torch.device) -> tuple[str, dict[str, str]]:
+def _computes_by(engine: KontextEngine) -> tuple[str, dict[str, str]]:
     """The device by name, and what else decides how it rounds."""
     import torch
 
-    from engine.kernels import kernels_for
-
-    how = {"kernels": type(kernels_for(device)).__name__.lower()}
+    device, how = engine.device, {"kernels": type(engine.kernels).__name__.lower()}
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}", {**how, "cuda": str(torch.version.cuda)}
     return str(device), {**how, "threads": str(torch.get_num_threads())} if device.type == "cpu" else how

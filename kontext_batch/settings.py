@@ -133,6 +133,10 @@ class Settings(BaseSettings):
     linears of the blocks in fp8: quicker on cards that have it, and not exact."""
     batch_invariant: bool = True
     """A picture is the same, bit for bit, whatever is sampled beside it; takes 1 to 3 % of the time."""
+    compile: bool = False
+    """What runs between linears and attention is compiled by torch.compile, which rounds otherwise in the last bits."""
+    cuda_graphs: bool = False
+    """On cuda, small passes of unchanged images are launched whole: the same bits, and less waiting for the CPU."""
     step_tolerance: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Approximate: denoise steps are left out while the foreseen error stays below; 0.05 is typical, 0 exact."""
     context_every: PositiveInt = 1

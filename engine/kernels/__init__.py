@@ -1,4 +1,5 @@
-"""What a block does between its linears and its attention, one kernel each: Triton on cuda, plain torch elsewhere.
+"""What a block does between its linears and its attention, one kernel each: Triton on cuda, plain torch elsewhere, or
+torch's own compiler's where that is asked for.
 
     modulated    layer norm, times 1 + scale, plus shift
     add_gated    x += gate y
@@ -9,6 +10,8 @@ GELU needs none: the linears take it into their own kernels (engine.linear).
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -18,6 +21,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from engine.errors import ConfigError
 
 
 class Rows:
@@ -35,9 +40,12 @@ class Rows:
     @cached_property
     def index(self) -> Tensor:
         """The row of each token, (tokens,) int32, for rows that lie one after another."""
-        counts = torch.tensor([each.stop - each.start for each in self.slices])
-        rows = torch.repeat_interleave(torch.arange(len(self.slices), dtype=torch.int32), counts)
-        return rows.to(self._device, non_blocking=True)
+        # Made on the device: a copy from the host could be part of no CUDA graph.
+        parts = [
+            torch.full((each.stop - each.start,), row, dtype=torch.int32, device=self._device)
+            for row, each in enumerate(self.slices)
+        ]
+        return torch.cat(parts)
 
 
 class Kernels(Protocol):
@@ -60,13 +68,33 @@ class Kernels(Protocol):
 
 
 @cache
-def kernels_for(device: torch.device) -> Kernels:
-    """Those that a device is quickest with."""
-    # Triton builds its launcher with a C compiler, which slim images lack.
-    if device.type == "cuda" and find_spec("triton") and any(map(which, ("cc", "gcc", "clang"))):
+def kernels_for(device: torch.device, *, compiled: bool = False) -> Kernels:
+    """Those that a device is quickest with; `compiled`: torch.compile's. Raises `ConfigError` where it cannot run."""
+    if compiled:
+        check_compiler(device)
+        from engine.kernels.compiled import Compiled
+
+        return Compiled()
+    if device.type == "cuda" and _has_triton():
         from engine.kernels.fused import Fused
 
         return Fused()
     from engine.kernels.plain import Plain
 
     return Plain()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `ConfigError` where a device lacks what torch.compile needs."""
+    if device.type == "cuda":
+        if not _has_triton():
+            raise ConfigError("compile: on cuda it needs triton and a C compiler; install them")
+    else:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if which(compiler) is None:
+            raise ConfigError(f"compile: on a CPU it needs a C++ compiler; install {compiler}, or name another in CXX")
+
+
+def _has_triton() -> bool:
+    """Which builds its launcher with a C compiler, which slim images lack."""
+    return find_spec("triton") is not None and any(map(which, ("cc", "gcc", "clang")))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from engine.autoencoder import Autoencoder
 from engine.config import FlowConfig
-from engine.errors import ConfigError
+from engine.kernels import check_compiler
 from engine.latents import context_ids, grid_ids
 from engine.text import TextEncoder
 from engine.training.data import FlowData
@@ -154,10 +151,7 @@ def compile_blocks(flow: FlowTransformer) -> None:
 
     The first shapes are compiled as they are, from then on batch and length are variables.
     """
-    on_cpu = next(flow.parameters()).device.type == "cpu"
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if on_cpu and shutil.which(compiler) is None:
-        raise ConfigError(f"compile: on a CPU it needs a C++ compiler; install {compiler}, or name another in CXX")
+    check_compiler(next(flow.parameters()).device)
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     for block in (*flow.double_blocks, *flow.single_blocks):
         block.compile()

@@ -152,6 +152,7 @@ class Application:
                 self.settings.dtype,
                 step_tolerance=self.settings.step_tolerance,
                 context_every=self.settings.context_every,
+                compiled=self.settings.compile,
             ),
             default_seconds=self.settings.gpu_seconds_per_image,
             max_instances=self.settings.max_steps,
@@ -219,6 +220,7 @@ class Application:
             max_rows=rows,
             max_pixels=self.settings.max_pixels,
             batch_invariant=batch_invariant,
+            cuda_graphs=self.settings.cuda_graphs,
         )
 
     def replayer(self, tell: Callable[[str], None]) -> Replayer:

@@ -287,9 +287,10 @@ def _device(settings: Settings) -> Check:
     from kontext_batch.editor import chosen_device
 
     try:
-        chosen = chosen_device(settings.device)
+        chosen = chosen_device(settings.device, compiled=settings.compile)
     except KontextBatchError as error:
-        return Check("device", False, str(error), "set device to auto, or to one that is here")
+        advice = "set device to auto, or to one that is here, and compile only where there is a compiler"
+        return Check("device", False, str(error), advice)
     return Check("device", True, f"{chosen} (the setting is {settings.device}), computing in {_mode(settings)}")
 
 
@@ -301,6 +302,7 @@ def _mode(settings: Settings) -> str:
         settings.dtype,
         step_tolerance=settings.step_tolerance,
         context_every=settings.context_every,
+        compiled=settings.compile,
     )
 
 

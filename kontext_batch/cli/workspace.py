@@ -200,7 +200,7 @@ def start(
     if duties.edits:  # a worker without its device would fail everybody's steps
         from kontext_batch.editor import chosen_device
 
-        chosen_device(device or settings.device)
+        chosen_device(device or settings.device, compiled=settings.compile)
     if settings.broker_url is not None:
         from kontext_batch.workers.start import serve_rings
 

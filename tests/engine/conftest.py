@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch._inductor.config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +21,15 @@ from engine.pipeline import KontextEngine
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 CASE = REFERENCE / "case-1"
 SHIPPED = Path(engine_package.__path__[0]) / "models" / "tiny"
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """For tests in which torch.compile runs: in this process alone. It warns of what it does itself."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ on a CPU")
+    with warnings.catch_warnings(action="ignore"), torch._inductor.config.patch(compile_threads=1):
+        yield
 
 
 @pytest.fixture(scope="session")

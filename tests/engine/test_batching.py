@@ -415,7 +415,13 @@ def test_the_cpu_is_one_denoise_step_ahead_of_a_card_and_no_more(monkeypatch: py
 
     monkeypatch.setattr("engine.session.torch.Event", Event)
     card = SimpleNamespace(
-        device=torch.device("cuda"), transformer=None, batch_invariant=False, max_rows=1, max_tokens=1
+        device=torch.device("cuda"),
+        transformer=None,
+        kernels=None,
+        batch_invariant=False,
+        cuda_graphs=False,
+        max_rows=1,
+        max_tokens=1,
     )
     session: Session[int] = Session(cast(KontextEngine, card))
     for _ in range(3):

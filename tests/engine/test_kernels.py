@@ -1,4 +1,4 @@
-"""The kernels between linears and attention: plain against the formulas, Triton's against the plain ones.
+"""The kernels between linears and attention against their formulas: plain ones, Triton's, and torch.compile's.
 
 Triton's run in its interpreter, so that no GPU is needed; where triton is not installed they are told and skipped.
 """
@@ -22,10 +22,13 @@ HEADS, DIM = 3, 12
 WIDTH = HEADS * DIM
 
 
-@pytest.fixture(params=["plain", "triton"])
+@pytest.fixture(params=["plain", "triton", pytest.param("compiled", marks=pytest.mark.slow)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "plain":
         return Plain()
+    if request.param == "compiled":
+        request.getfixturevalue("compiling")
+        return kernels_for(CPU, compiled=True)
     pytest.importorskip("triton", reason="triton is not installed (it comes with torch for CUDA)")
     from engine.kernels.fused import Fused
 
@@ -91,9 +94,9 @@ def test_rows_know_the_row_of_each_token() -> None:
     assert ROWS.slices == [slice(0, 5), slice(5, 6), slice(6, 13)]
 
 
-def test_a_whole_pass(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["plain", "triton"], indirect=True)  # compiled: tests/engine/test_compiled.py
+def test_a_whole_pass(kernels: Kernels) -> None:
     flow = model()
     places = [Place(case.x, case.condition(flow), 0) for case in cases()]
-    monkeypatch.setattr("engine.packed.kernels_for", lambda device: kernels)
-    for case, found in zip(cases(), velocities(flow, places), strict=True):
+    for case, found in zip(cases(), velocities(flow, places, kernels=kernels), strict=True):
         assert worst(found, case.dense(flow, 0)) < 2e-5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -160,13 +159,8 @@ def test_low_rank_training_moves_the_adapter_alone(module: FlowWithText, tmp_pat
     assert all(not torch.equal(start[name], trained[name]) for name in start if name.startswith("up."))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it does itself
 @torch.no_grad()  # half of the compiling
-def test_compiled_blocks_compute_the_same_and_keep_their_names(
-    module: FlowWithText, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # in this process
+def test_compiled_blocks_compute_the_same_and_keep_their_names(module: FlowWithText, compiling: None) -> None:
     data, names = data_of(module), set(module.state_dict())
     data.pairs.has_before.fill_(True)
     plain = edit_loss(module, [data], Moment.of(0, 0), 4)

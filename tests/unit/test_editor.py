@@ -137,6 +137,7 @@ def test_numeric_mode_without_a_gpu() -> None:
     assert numeric_mode("cuda:1", "auto") == "bfloat16"
     assert numeric_mode("cuda", "float32") == "float32"
     assert numeric_mode("cuda", "float8", step_tolerance=0.05, context_every=4) == "float8+steps=0.05+context=4"
+    assert numeric_mode("cpu", "auto", compiled=True) == "float32+compiled"
 
 
 def test_an_engine_is_planned_for_the_contexts_that_it_keeps(model: Path) -> None:
@@ -254,24 +255,51 @@ def test_modes_are_read_as_they_are_written() -> None:
         Mode("bfloat16", Approximation(step_tolerance=0.05)),
         Mode("float8", Approximation(context_every=4)),
         Mode("bfloat16", Approximation(0.125, 2)),
+        Mode("float32", compiled=True),
+        Mode("bfloat16", Approximation(0.125, 2), compiled=True),
     ):
         assert Mode.parse(str(mode)) == mode
-    for unknown in ("float12", "float32+steps", "float32+steps=2", "bfloat16+context=0", "float32+tea=1", ""):
+    for unknown in (
+        "float12",
+        "float32+steps",
+        "float32+steps=2",
+        "bfloat16+context=0",
+        "float32+tea=1",
+        "compiled",
+        "",
+    ):
         with pytest.raises(ConfigError):
             Mode.parse(unknown)
 
 
 def test_the_mode_of_a_lane_is_what_the_engine_samples_in(model: Path) -> None:
-    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu", batch_invariant=True)
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu", batch_invariant=True, cuda_graphs=True)
     for text, tolerance, every in (("float32", 0.0, 1), ("float32+steps=0.1+context=2", 0.1, 2), ("float32", 0.0, 1)):
         edit(editor, [job(numeric_mode=text)])
         engine = editor._engine
         assert engine is not None
         assert (engine.approximation.step_tolerance, engine.approximation.context_every) == (tolerance, every)
         assert engine.batch_invariant
+        assert engine.cuda_graphs
     assert editor.describe()["batch_invariant"] is True
     with pytest.raises(StepError, match="not known here"):
         edit(editor, [job(numeric_mode="float32+tea=1")])
+
+
+def test_a_lane_of_compiled_kernels_loads_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.kernels import kernels_for
+    from engine.kernels.compiled import Compiled
+    from engine.kernels.plain import Plain
+
+    editor = EngineEditor(models={"small": model}, adapters={}, device="cpu")
+    for mode, kind in (("float32+compiled", Compiled), ("float32", Plain)):
+        with editor.session(job(numeric_mode=mode).params):
+            assert editor._engine is not None
+            assert isinstance(editor._engine.kernels, kind)
+    kernels_for.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(StepError, match="install no-such-compiler"):
+        edit(editor, [job(numeric_mode="float32+compiled")])
 
 
 def test_a_picture_is_the_same_whatever_is_sampled_beside_it(model: Path) -> None:

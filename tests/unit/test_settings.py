@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kontext_batch.bootstrap import open_application
 from kontext_batch.errors import SettingsError
 from kontext_batch.registry import ModelEntry, Registry, signature
 from kontext_batch.settings import Settings, load_settings
@@ -18,6 +19,17 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("KONTEXT_BATCH_BATCH_ROWS", "4")
     settings = load_settings()
     assert (settings.batch_rows, settings.device, settings.read_prefixes) == (4, "cpu", ("s3://raw/",))
+
+
+def test_what_changes_the_numbers_is_part_of_what_is_planned(tmp_path: Path) -> None:
+    for settings, mode in (
+        (Settings(device="cpu"), "float32"),
+        (Settings(device="cpu", batch_invariant=False, cuda_graphs=True), "float32"),
+        (Settings(device="cpu", dtype="bfloat16", compile=True, context_every=4), "bfloat16+compiled+context=4"),
+    ):
+        application = open_application(settings, workspace=tmp_path)
+        assert application.planner().numeric_mode == mode
+        application.close()
 
 
 def test_defaults_need_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 from moto import mock_aws
 
 from engine.config import KONTEXT_DEV
+from engine.kernels import kernels_for
 from engine.memory import MemoryPlan, count_parameters, memory_plan
 from engine.text import clip_l_config, t5_xxl_config
 from kontext_batch import editor
@@ -102,6 +103,19 @@ def test_a_disk_that_is_nearly_full_is_told(
     monkeypatch.setattr(checks, "LEAST_FREE", 10**18)
     assert main.main(["doctor"]) == 1
     assert re.search(r"^FAIL space: \d+ MB free\n     make room, or run `gc`$", capsys.readouterr().out, re.M)
+
+
+def test_compiling_without_a_compiler_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels_for.cache_clear()
+    monkeypatch.setenv("KONTEXT_BATCH_COMPILE", "true")
+    monkeypatch.setattr("engine.kernels.which", lambda name: None)
+    code, told = doctor(capsys)
+    assert (code, told["device"]["ok"]) == (1, False)
+    assert "needs a C++ compiler" in told["device"]["found"]
+    monkeypatch.setattr("engine.kernels.which", lambda name: name)
+    assert "computing in float32+compiled" in doctor(capsys)[1]["device"]["found"]
 
 
 def test_what_is_sound_is_told_too(
