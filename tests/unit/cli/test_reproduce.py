@@ -21,6 +21,8 @@ from kontext_batch.cli import main
 from kontext_batch.registry import Registry
 from tests.acceptance.conftest import REFERENCE
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 RECIPE = """\
 version: 1
 name: shop
