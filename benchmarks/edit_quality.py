@@ -28,8 +28,9 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from benchmarks import command
 from engine.geometry import sizes
+from engine.likeness import EQUAL, decibels
 from engine.pipeline import KontextEngine
-from engine.training.evaluate import EQUAL, HELD_OUT_SEED, Outcome, decibels, evaluate, held_out, sheet
+from engine.training.evaluate import HELD_OUT_SEED, Outcome, evaluate, held_out, sheet
 from engine.training.instructions import KINDS, Example, unseen_example
 
 GOALS = {

@@ -21,8 +21,9 @@ from PIL import Image
 
 from benchmarks import command
 from engine.latents import Latents
+from engine.likeness import psnr
 from engine.pipeline import EditRequest, KontextEngine
-from engine.training.evaluate import HELD_OUT_SEED, psnr, through_autoencoder
+from engine.training.evaluate import HELD_OUT_SEED, through_autoencoder
 from engine.training.instructions import CHANGES, COMBINED
 from engine.training.products import Scene, random_scene, render
 

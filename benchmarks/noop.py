@@ -199,6 +199,9 @@ class NoOperations:
     ) -> MadePicture:
         return MadePicture(_made(params, "image"), "image/png", 1024, 1024)
 
+    def describe(self) -> Mapping[str, Any]:
+        return {"device": "cpu", "libraries": {"pillow": "13.0.0"}}
+
 
 def make_worker(repository: SqlRepository, wake_ups: WakeUps) -> Worker:
     """A worker in this process, as `bootstrap` makes it."""

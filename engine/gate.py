@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from engine.geometry import TOKEN_SIDE
+from engine.likeness import psnr
 from engine.modes import EXACT, Approximation
 from engine.pipeline import EditRequest, KontextEngine
-from engine.training.evaluate import held_out, psnr
+from engine.training.evaluate import held_out
 from engine.training.products import render
 
 SETTINGS = (

@@ -240,9 +240,12 @@ class EngineEditor:
             yield EngineSession(session)
 
     def describe(self) -> Mapping[str, Any]:
-        """Device and library versions, for the lineage."""
-        device = self.device if self._engine is None else str(self._engine.device)
+        """Device and library versions, for the lineage: what a picture's last bits depend on."""
         libraries = {name: version(name) for name in LIBRARIES}
+        device = self.device
+        if self._engine is not None:
+            device, more = _computes_by(self._engine)
+            libraries |= more
         return {"device": device, "libraries": libraries, "batch_invariant": self.batch_invariant}
 
     def _loaded_for(self, params: Mapping[str, Any]) -> KontextEngine:
@@ -332,6 +335,16 @@ class EngineEditor:
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         ground.paste(image, (x, y), image if image.mode == "RGBA" else None)
         return ground
+
+
+def _computes_by(engine: KontextEngine) -> tuple[str, dict[str, str]]:
+    """The device by name, and what else decides how it rounds."""
+    import torch
+
+    device, how = engine.device, {"kernels": type(engine.kernels).__name__.lower()}
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}", {**how, "cuda": str(torch.version.cuda)}
+    return str(device), {**how, "threads": str(torch.get_num_threads())} if device.type == "cpu" else how
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from engine.latents import image_to_tensor, tensor_to_image
+from engine.likeness import EQUAL, psnr
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.instructions import KINDS, Example, random_example
 from engine.training.products import render
 
 HELD_OUT_SEED = 20_260_000
-EQUAL = 99.0
-"""PSNR that equal pictures count as."""
 CELL, LABEL = 128, 30
 
 
@@ -48,18 +46,6 @@ class Outcome:
         if self.unedited is None or self.unedited >= EQUAL:  # from text alone, or nothing was to be changed
             return None
         return self.psnr > self.unedited
-
-
-def psnr(first: Image.Image, second: Image.Image) -> float:
-    """In dB over all channels; equal pictures count as 99."""
-    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    return decibels(difference)
-
-
-def decibels(difference: NDArray[np.float64]) -> float:
-    """PSNR of a difference in levels of 0 to 255."""
-    squared = float(np.mean(difference**2))
-    return EQUAL if squared == 0 else 10 * float(np.log10(255**2 / squared))
 
 
 def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Example]:

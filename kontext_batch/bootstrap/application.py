@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+from PIL import Image
 
 from kontext_batch import editor
 from kontext_batch.bootstrap.adapters import events_of, signer_of, store_of
@@ -21,7 +22,8 @@ from kontext_batch.lineage import migrate
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.observability.health import Pulse, Readiness
 from kontext_batch.observability.server import Served, serve_metrics
-from kontext_batch.operations.pictures import probe
+from kontext_batch.operations.compare import PixelJudge
+from kontext_batch.operations.pictures import encode_png, probe
 from kontext_batch.operations.registry import PillowOperations
 from kontext_batch.planning.events import Webhook
 from kontext_batch.planning.inbox import Place
@@ -37,6 +39,8 @@ from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.notify import Notifier
 from kontext_batch.services.prepare import Planner
+from kontext_batch.services.recorded import Weights
+from kontext_batch.services.reproduce import Replayer
 from kontext_batch.services.retention import Collector, Policy
 from kontext_batch.services.turns import Turns
 from kontext_batch.services.work import Worker
@@ -171,15 +175,7 @@ class Application:
         """
         process = psutil.Process()
         device = device or self.settings.device
-        engine_editor = editor.EngineEditor(
-            models={name: entry.path for name, entry in self.registry.models.items()},
-            adapters={name: entry.path for name, entry in self.registry.adapters.items()},
-            device=device,
-            max_rows=self.settings.batch_rows,
-            max_pixels=self.settings.max_pixels,
-            batch_invariant=self.settings.batch_invariant,
-            cuda_graphs=self.settings.cuda_graphs,
-        )
+        engine_editor = self._editor(device, self.settings.batch_rows, self.settings.batch_invariant)
         info = WorkerInfo(
             id=f"{socket.gethostname()}-{process.pid}-{uuid.uuid4().hex[:8]}",
             host=socket.gethostname(),
@@ -229,6 +225,45 @@ class Application:
             signer=signer_of(self.settings),
             prompts=self.settings.prompts_in_files,
             licences={sha256: licence for sha256, licence in licences.items() if licence},
+        )
+
+    def _editor(self, device: str, rows: int, batch_invariant: bool) -> editor.EngineEditor:
+        return editor.EngineEditor(
+            models={name: entry.path for name, entry in self.registry.models.items()},
+            adapters={name: entry.path for name, entry in self.registry.adapters.items()},
+            device=device,
+            max_rows=rows,
+            max_pixels=self.settings.max_pixels,
+            batch_invariant=batch_invariant,
+            cuda_graphs=self.settings.cuda_graphs,
+        )
+
+    def replayer(self, tell: Callable[[str], None]) -> Replayer:
+        """Computes steps again, on the device of the settings. `tell`: as of `Replayer`."""
+        settings = self.settings
+        loaded: list[editor.EngineEditor] = []
+
+        def editor_for(rows: int, batch_invariant: bool) -> editor.EngineEditor:
+            if not loaded or loaded[0].max_rows < rows:
+                loaded[:] = [self._editor(settings.device, max(rows, settings.batch_rows), batch_invariant)]
+            loaded[0].batch_invariant = batch_invariant
+            return loaded[0]
+
+        return Replayer(
+            repository=self.repository,
+            store=self.store,
+            operations=PillowOperations(max_pixels=settings.max_pixels),
+            judge=PixelJudge(max_pixels=settings.max_pixels),
+            editor=editor_for,
+            weights={
+                (kind, name): Weights(entry.sha256, str(entry.path), entry.as_registered())
+                for kind, known in (("model", self.registry.models), ("adapter", self.registry.adapters))
+                for name, entry in known.items()
+            },
+            admit=self.admit,
+            stand_in=encode_png(Image.new("RGB", (64, 64), "grey")),
+            max_input_bytes=settings.max_input_bytes,
+            tell=tell,
         )
 
     def notifier(self) -> Notifier:

@@ -44,7 +44,7 @@ def show(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: 
         output.say_json(rows)
         return
     for row in rows:
-        output.say(_headline(row))
+        output.say(headline(row))
         output.say(f"  key {row.key}\n  lane {row.lane}")
         for name, value in sorted(row.params.items()):
             if value not in (None, [], {}, ""):
@@ -66,7 +66,7 @@ def logs(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: 
         output.say_json([{"step": row.id, "node": row.node, "attempts": attempts} for row, attempts in tries])
         return
     for row, attempts in tries:
-        output.say(_headline(row))
+        output.say(headline(row))
         _say_attempts(attempts)
 
 
@@ -106,12 +106,16 @@ def explain(
     workspace: common.WorkspaceOption = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Why a step ran, what became of it and what stopped it; of a run, every step that did not succeed.
+    """Why a step ran or did not, and what became of it; of a run, every step that did not succeed.
+
+    It names what changed since the run before and in which line of the recipe, lost leases, the step above that failed,
+    the run that a found picture was made for.
 
     Example: kontext-batch explain run:12
     """
     from kontext_batch.planning.states import UNSUCCESSFUL
-    from kontext_batch.services.questions import run_number, why
+    from kontext_batch.services.questions import run_number
+    from kontext_batch.services.why import Explainer
 
     with common.opened(workspace) as application:
         repository = application.repository
@@ -122,12 +126,13 @@ def explain(
                 output.say(f"run {summary.id} {summary.state}; {len(rows)} steps did not succeed")
         else:
             rows = meant(repository, what, runs_too=True)
-        told = [(row, why(repository, row), repository.attempts(row.id)) for row in rows]
+        explainer = Explainer(repository)
+        told = [(row, explainer.why(row), repository.attempts(row.id)) for row in rows]
     if as_json:
         output.say_json([{"step": row, "why": reasons, "attempts": attempts} for row, reasons, attempts in told])
         return
     for row, reasons, attempts in told:
-        output.say(_headline(row))
+        output.say(headline(row))
         for reason in reasons:
             output.say(f"  why: {reason}")
         _say_attempts(attempts)
@@ -191,7 +196,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _headline(row: StepRow) -> str:
+def headline(row: StepRow) -> str:
+    """A step in a line: number, name, axes, operation, state."""
     from kontext_batch.planning.render import axes_text
 
     number = f" #{row.candidate}" if row.candidate > 1 else ""
@@ -221,7 +227,7 @@ def _say_chain(links: Sequence[Link]) -> None:
         prompt = link.step.params.get("prompt")
         quoted = f' "{prompt}"' if prompt else ""
         again = " (above)" if number in told else ""
-        output.say("  " * depth + (f"{role}: " if role else "") + _headline(link.step) + quoted + again)
+        output.say("  " * depth + (f"{role}: " if role else "") + headline(link.step) + quoted + again)
         if number in told:
             continue
         told.add(number)

@@ -209,8 +209,11 @@ def _keep(conn: sa.Connection, artifacts: Sequence[Artifact]) -> sa.Insert:
         for each in artifacts
     ]
     insert = dialect_insert(conn, t.artifacts)
+    # What was read of bytes that are gone says nothing of these.
+    gone = t.artifacts.c.collected_at.is_not(None)
+    unread = {name: sa.case((gone, None), else_=t.artifacts.c[name]) for name in ("verified", "problem")}
     insert = insert.on_conflict_do_update(
-        index_elements=["sha256"], set_={"collected_at": None, "uri": insert.excluded.uri}
+        index_elements=["sha256"], set_={"collected_at": None, "uri": insert.excluded.uri, **unread}
     )
     return insert_rows(conn, t.artifacts, tuple(rows[0]), rows, into=insert, created=now())
 

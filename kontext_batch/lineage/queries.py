@@ -20,6 +20,7 @@ from kontext_batch.ports import (
     ModelRow,
     SourceInput,
     StepRow,
+    StepUse,
     StoredInstance,
 )
 
@@ -55,20 +56,21 @@ def latest_instances(conn: sa.Connection, recipe: str) -> dict[InstanceId, Store
         .order_by(ranked.c.run_id, ranked.c.ordinal)
     ).all()
     inputs = _inputs_of(conn, {row.step_id for row in rows})
-    return {
-        (row.node, row.axes, row.candidate): StoredInstance(
-            node=row.node,
-            axes=row.axes,
-            candidate=row.candidate,
-            take=row.take,
-            key=row.key,
-            operation=row.operation,
-            params=row.params,
-            inputs=tuple(inputs.get(row.step_id, ())),
-            state=StepState(row.state),
-        )
-        for row in rows
-    }
+    return {(row.node, row.axes, row.candidate): _instance(row, inputs.get(row.step_id, ())) for row in rows}
+
+
+def _instance(row: sa.Row[Any], inputs: Sequence[tuple[str, int, str, str]]) -> StoredInstance:
+    return StoredInstance(
+        node=row.node,
+        axes=row.axes,
+        candidate=row.candidate,
+        take=row.take,
+        key=row.key,
+        operation=row.operation,
+        params=row.params,
+        inputs=tuple(inputs),
+        state=StepState(row.state),
+    )
 
 
 def _inputs_of(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[tuple[str, int, str, str]]]:
@@ -277,8 +279,53 @@ def attempts(conn: sa.Connection, step_id: int) -> list[AttemptRow]:
 
 def attempt_row(row: sa.Row[Any]) -> AttemptRow:
     return AttemptRow(
-        row.number, row.worker_id, row.batch_id, row.started, row.ended, row.outcome, row.error, row.timings
+        row.number, row.worker_id, row.batch_id, row.started, row.ended, row.outcome, row.error, row.timings, row.asked
     )
+
+
+def step_uses(conn: sa.Connection, step_id: int) -> list[StepUse]:
+    rows = conn.execute(
+        sa.select(t.run_steps, t.runs.c.recipe, t.runs.c.created)
+        .join(t.runs, t.runs.c.id == RUN_STEPS.run_id)
+        .where(RUN_STEPS.step_id == step_id, RUN_STEPS.first)
+        .order_by(RUN_STEPS.run_id)
+    )
+    return [
+        StepUse(
+            run_id=row.run_id,
+            recipe=row.recipe,
+            created=row.created,
+            node=row.node,
+            axes=row.axes,
+            candidate=row.candidate,
+            cached=row.cached,
+            file=row.file,
+            line=row.line,
+        )
+        for row in rows
+    ]
+
+
+def nearest_instance(conn: sa.Connection, use: StepUse, *, later: bool) -> tuple[int, int, StoredInstance] | None:
+    beyond = RUN_STEPS.run_id > use.run_id if later else RUN_STEPS.run_id < use.run_id
+    row = conn.execute(
+        sa.select(t.run_steps, STEPS.key, STEPS.operation, STEPS.state, t.step_params.c.params)
+        .join(t.runs, t.runs.c.id == RUN_STEPS.run_id)
+        .join(t.steps, STEPS.id == RUN_STEPS.step_id)
+        .join(t.step_params, t.step_params.c.step_id == STEPS.id)
+        .where(
+            t.runs.c.recipe == use.recipe,
+            beyond,
+            RUN_STEPS.node == use.node,
+            RUN_STEPS.axes == use.axes,
+            RUN_STEPS.candidate == use.candidate,
+        )
+        .order_by(RUN_STEPS.run_id if later else RUN_STEPS.run_id.desc())
+        .limit(1)
+    ).first()
+    if row is None:
+        return None
+    return row.run_id, row.step_id, _instance(row, _inputs_of(conn, [row.step_id]).get(row.step_id, ()))
 
 
 def ancestors(conn: sa.Connection, step_id: int) -> list[tuple[int, int, str]]:

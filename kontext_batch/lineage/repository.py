@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 
 from kontext_batch.lineage import (
     audit,
@@ -17,6 +18,8 @@ from kontext_batch.lineage import (
     moving,
     provenance,
     queries,
+    rehash,
+    replay,
     runs,
     schedules,
     standing,
@@ -39,6 +42,7 @@ from kontext_batch.ports import (
     BatchRecord,
     BatchRow,
     CommitReport,
+    DamagedArtifact,
     DeliveredPicture,
     ExportedInstance,
     InHand,
@@ -57,7 +61,9 @@ from kontext_batch.ports import (
     Standing,
     StepResult,
     StepRow,
+    StepUse,
     StoredInstance,
+    StoredStep,
     WorkerInfo,
     WorkerRow,
 )
@@ -372,6 +378,15 @@ class SqlRepository(SqlRetention, SqlArchives):
     def batch(self, batch_id: int) -> BatchRow:
         return self._db.read(export.batch, batch_id)
 
+    def step_uses(self, step_id: int) -> Sequence[StepUse]:
+        return self._db.read(queries.step_uses, step_id)
+
+    def nearest_instance(self, use: StepUse, *, later: bool) -> tuple[int, int, StoredInstance] | None:
+        return self._db.read(queries.nearest_instance, use, later=later)
+
+    def stored_steps(self, ids: Iterable[int]) -> Mapping[int, StoredStep]:
+        return self._db.read(replay.stored_steps, list(ids))
+
     # ---- acts of people
 
     def note(self, by: Act, *subjects: str) -> None:
@@ -379,6 +394,23 @@ class SqlRepository(SqlRetention, SqlArchives):
 
     def audit(self, *, subject: str | None = None, limit: int = 50) -> Sequence[AuditRow]:
         return self._db.read(audit.audit, subject=subject, limit=limit)
+
+    # ---- verification
+
+    def unread_artifacts(self, *, since: datetime, after: str, limit: int) -> Sequence[Artifact]:
+        return self._db.read(rehash.unread, since=since, after=after, limit=limit)
+
+    def unread_artifacts_size(self, *, since: datetime) -> tuple[int, int]:
+        return self._db.read(rehash.unread_size, since=since)
+
+    def note_read_artifacts(self, found: Sequence[tuple[str, str | None]]) -> None:
+        self._db.write(rehash.note_read, found)
+
+    def damaged_artifacts(self) -> Sequence[DamagedArtifact]:
+        return self._db.read(rehash.damaged)
+
+    def is_kept(self, sha256: str) -> bool:
+        return self._db.read(rehash.is_kept, sha256)
 
     # ---- garbage
 

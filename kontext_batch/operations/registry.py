@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -10,6 +11,8 @@ from kontext_batch.errors import StepError
 from kontext_batch.operations import contact_sheet, finish
 from kontext_batch.operations.pictures import DEFAULT_MAX_PIXELS
 from kontext_batch.ports import LoadedPicture, MadePicture
+
+LIBRARIES = ("pillow", "kontext-batch")
 
 
 class _Operation(Protocol):
@@ -50,3 +53,7 @@ class PillowOperations:
         if operation not in _OPERATIONS:
             raise StepError(f"unknown operation '{operation}'; known: {', '.join(_OPERATIONS)}")
         return _OPERATIONS[operation](params, pictures, max_pixels=self._max_pixels, xmp=xmp)
+
+    def describe(self) -> Mapping[str, Any]:
+        """What the bytes of a file depend on, for the lineage."""
+        return {"device": "cpu", "libraries": {name: version(name) for name in LIBRARIES}}

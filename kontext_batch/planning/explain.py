@@ -1,8 +1,11 @@
-"""Why each instance of a plan runs, or does not: a comparison with how the recipe ran before. Pure."""
+"""Why each instance of a plan runs, or does not: a comparison with how the recipe ran before. Pure.
+
+`services.why` asks the same of steps that are stored, and answers in the same words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,18 +13,14 @@ from kontext_batch.planning.params import input_identity
 from kontext_batch.planning.plan import Instance, InstanceId, Plan, PlannedStep
 from kontext_batch.planning.uris import file_name
 from kontext_batch.recipes.loader import Recipe
-from kontext_batch.recipes.source import Path
+from kontext_batch.recipes.source import Path, Source
 
 Status = Literal["run", "cached", "shared"]
 
 
-class Previous(Protocol):
-    """How the most recent run had an instance; `ports.StoredInstance` is one."""
+class Version(Protocol):
+    """A step as one run had it."""
 
-    @property
-    def take(self) -> int: ...
-    @property
-    def key(self) -> str: ...
     @property
     def operation(self) -> str: ...
     @property
@@ -31,8 +30,25 @@ class Previous(Protocol):
         """(role, position, URI or '', sha256 of the source or key of the parent)."""
         ...
 
+
+class Previous(Version, Protocol):
+    """How the most recent run had an instance; `ports.StoredInstance` is one."""
+
+    @property
+    def take(self) -> int: ...
+    @property
+    def key(self) -> str: ...
     @property
     def state(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """`Version` as a value."""
+
+    operation: str
+    params: Mapping[str, Any]
+    inputs: tuple[tuple[str, int, str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +129,34 @@ def _reasons(
     if before.key == step.key:
         yield _STATES.get(str(before.state), "it did not finish before")
         return
-    found = False
-    for reason in (*_changed_params(step, instance, before, recipe), *_changed_inputs(step, before, nodes)):
-        found = True
-        yield reason
-    if not found:
-        yield f"the operation {step.operation} changed"
+
+    def place(field: str) -> str:
+        where = None if recipe is None else written_at(recipe.source, instance.node, step.operation, field)
+        return where or f"{step.origin.file}:{step.origin.line}"
+
+    inputs = tuple(
+        (each.role, each.position, "" if each.source is None else each.source.uri, input_identity(each))
+        for each in step.inputs
+    )
+    yield from differences(before, Computed(step.operation, step.params, inputs), place=place, nodes=nodes)
 
 
-def _changed_params(step: PlannedStep, instance: Instance, before: Previous, recipe: Recipe | None) -> Iterator[str]:
-    if step.operation != before.operation:
-        yield f"operation changed ({_place(step, instance, 'op', recipe)})"
+def differences(
+    before: Version, after: Version, *, place: Callable[[str], str], nodes: Mapping[str, str]
+) -> tuple[str, ...]:
+    """What is not as it was, most telling first; at least one thing.
+
+    `place`: field of a recipe -> file and line where it is written. `nodes`: key of a parent -> its name in the recipe.
+    """
+    found = (*_changed_params(before, after, place), *_changed_inputs(before, after, nodes))
+    return found or (f"the operation {after.operation} changed",)
+
+
+def _changed_params(before: Version, after: Version, place: Callable[[str], str]) -> Iterator[str]:
+    if after.operation != before.operation:
+        yield f"operation changed ({place('op')})"
         return
-    old, new = before.params, step.params
+    old, new = before.params, after.params
     if new.get("take", 0) != old.get("take", 0):
         yield f"a new try (take {new.get('take', 0)})"
         return
@@ -139,34 +170,31 @@ def _changed_params(step: PlannedStep, instance: Instance, before: Previous, rec
         if name == "canvas" and "target" in told:
             continue
         told.add(name)
-        where = "" if name in _ELSEWHERE else _place(step, instance, field, recipe)
-        yield f"{word} changed ({where})" if where else f"{word} changed"
+        yield f"{word} changed" if name in _ELSEWHERE else f"{word} changed ({place(field)})"
 
 
-def _changed_inputs(step: PlannedStep, before: Previous, nodes: Mapping[str, str]) -> Iterator[str]:
-    old = {(role, position): (uri, identity.removeprefix("sha256:")) for role, position, uri, identity in before.inputs}
-    new = {(each.role, each.position): each for each in step.inputs}
-    for place in sorted(set(old) | set(new)):
-        each, known = new.get(place), old.get(place)
+def _changed_inputs(before: Version, after: Version, nodes: Mapping[str, str]) -> Iterator[str]:
+    old, new = ({each[:2]: each[2:] for each in version.inputs} for version in (before, after))
+    for role, position in sorted(set(old) | set(new)):
+        known, each = old.get((role, position)), new.get((role, position))
         if each is None:
-            yield f"one {place[0]} less"
+            yield f"one {role} less"
         elif known is None:
-            yield f"one {place[0]} more"
-        elif input_identity(each).removeprefix("sha256:") != known[1]:
-            if each.source is None:
-                assert each.parent is not None
-                yield f"{nodes.get(each.parent, 'its parent')} changed"
-            elif each.source.uri == known[0]:
-                yield f"input bytes changed ({file_name(each.source.uri)})"
+            yield f"one {role} more"
+        elif each[1].removeprefix("sha256:") != known[1].removeprefix("sha256:"):
+            uri, identity = each
+            if not uri:
+                yield f"{nodes.get(identity, 'its parent')} changed"
+            elif uri == known[0]:
+                yield f"input bytes changed ({file_name(uri)})"
             else:
-                yield f"another input ({file_name(each.source.uri)})"
+                yield f"another input ({file_name(uri)})"
 
 
-def _place(step: PlannedStep, instance: Instance, field: str, recipe: Recipe | None) -> str:
-    """`spring-hero.yaml:41`: where the field is written, in the step or under defaults."""
-    if recipe is not None:
-        for path in (("steps", instance.node, field), ("defaults", step.operation, field), ("defaults", field)):
-            at: Path = path
-            if at in recipe.source.values:
-                return f"{recipe.file}:{recipe.source.mark(at).line}"
-    return f"{step.origin.file}:{step.origin.line}"
+def written_at(source: Source, node: str, operation: str, field: str) -> str | None:
+    """`spring-hero.yaml:41`: where a field of a step is written, there or under defaults; None where it is not."""
+    paths: tuple[Path, ...] = (("steps", node, field), ("defaults", operation, field), ("defaults", field))
+    for path in paths:
+        if path in source.values:
+            return f"{source.file}:{source.mark(path).line}"
+    return None

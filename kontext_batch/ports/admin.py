@@ -113,6 +113,18 @@ class BatchRow:
 
 
 @dataclass(frozen=True, slots=True)
+class DamagedArtifact:
+    """An artifact whose bytes are not those of its hash, or cannot be read."""
+
+    artifact: Artifact
+    problem: str
+    """Begins with `missing`, `changed` or `unreadable`."""
+    found: datetime
+    steps: tuple[int, ...]
+    """Ids of those that it is an output of, or some of them."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExportedDelivery:
     """Where a picture was wanted, and what became of that."""
 

@@ -121,6 +121,10 @@ class Operations(Protocol):
         """
         ...
 
+    def describe(self) -> Mapping[str, Any]:
+        """As `Editor.describe`."""
+        ...
+
 
 Probe = Callable[[bytes], tuple[str, int, int]]
 """Format (Pillow's name), width and height after EXIF orientation of a picture file, from its header alone.

@@ -364,6 +364,26 @@ class AttemptRow:
     """`ok`, `error`, `retry`, `released`, `lost`, `fenced`; None while it runs."""
     error: str | None
     timings: Mapping[str, float]
+    asked: int = 1
+    """Which time it was that somebody had asked for the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepUse:
+    """That a run wanted a step."""
+
+    run_id: int
+    recipe: str
+    """Name of the run's recipe."""
+    created: datetime
+    node: str
+    axes: Axes
+    candidate: int
+    cached: bool
+    """The step was done already."""
+    file: str
+    """Where the recipe has the step."""
+    line: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Protocol
 
 from kontext_batch.planning.events import ClaimedSend, Webhook, WebhookRow
@@ -10,7 +11,16 @@ from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, Drop
 from kontext_batch.planning.plan import InstanceId, Plan
 from kontext_batch.planning.schedules import ClaimedFire, FireRow, Schedule, ScheduledRun, StoredSchedule
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports.admin import Act, AuditRow, BatchRow, ExportedInstance, Orders, RunFigures, WorkerRow
+from kontext_batch.ports.admin import (
+    Act,
+    AuditRow,
+    BatchRow,
+    DamagedArtifact,
+    ExportedInstance,
+    Orders,
+    RunFigures,
+    WorkerRow,
+)
 from kontext_batch.ports.archives import Archives
 from kontext_batch.ports.provenance import DeliveredPicture
 from kontext_batch.ports.records import (
@@ -31,9 +41,11 @@ from kontext_batch.ports.records import (
     Standing,
     StepResult,
     StepRow,
+    StepUse,
     StoredInstance,
     WorkerInfo,
 )
+from kontext_batch.ports.replaying import StoredStep
 from kontext_batch.ports.retention import Retention
 
 
@@ -432,6 +444,19 @@ class Repository(Retention, Archives, Protocol):
         """Raises `ObjectNotFound`."""
         ...
 
+    def step_uses(self, step_id: int) -> Sequence[StepUse]:
+        """Runs that wanted the step, the oldest first; each once, with its first instance."""
+        ...
+
+    def nearest_instance(self, use: StepUse, *, later: bool) -> tuple[int, int, StoredInstance] | None:
+        """The run nearest before, or after, that of `use` in which its recipe has that instance; the id of its step
+        there, and how it had it."""
+        ...
+
+    def stored_steps(self, ids: Iterable[int]) -> Mapping[int, StoredStep]:
+        """Those of these steps that there are, with all that they read and made."""
+        ...
+
     # ---- acts of people
 
     def note(self, by: Act, *subjects: str) -> None:
@@ -440,6 +465,28 @@ class Repository(Retention, Archives, Protocol):
 
     def audit(self, *, subject: str | None = None, limit: int = 50) -> Sequence[AuditRow]:
         """What people did, to that subject or at all, newest first."""
+        ...
+
+    # ---- verification
+
+    def unread_artifacts(self, *, since: datetime, after: str, limit: int) -> Sequence[Artifact]:
+        """Kept artifacts behind the sha256 `after` that were not read since then, in order of their sha256."""
+        ...
+
+    def unread_artifacts_size(self, *, since: datetime) -> tuple[int, int]:
+        """How many of them there are, and their bytes."""
+        ...
+
+    def note_read_artifacts(self, found: Sequence[tuple[str, str | None]]) -> None:
+        """(sha256, what is wrong with it or None) of what was read now; what was collected meanwhile is left out."""
+        ...
+
+    def damaged_artifacts(self) -> Sequence[DamagedArtifact]:
+        """Kept artifacts that a reading found something wrong with, in order of their sha256."""
+        ...
+
+    def is_kept(self, sha256: str) -> bool:
+        """Whether there is such an artifact, not collected."""
         ...
 
     # ---- garbage

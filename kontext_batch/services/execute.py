@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
@@ -191,7 +191,7 @@ class Executor:
 
     def record(self, step: LeasedStep) -> BatchRecord:
         """The batch that this step is, or begins, as yet without members."""
-        about: Mapping[str, Any] = {} if step.lane == OPERATIONS_LANE else self.editor.describe()
+        about = self.operations.describe() if step.lane == OPERATIONS_LANE else self.editor.describe()
         mode = str(step.params.get("numeric_mode", "exact"))
         return BatchRecord(
             worker_id=self.worker_id,

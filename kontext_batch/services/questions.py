@@ -165,31 +165,3 @@ def _means(node: str, axes: Axes, only: Mapping[str, Sequence[str]], nodes: Sequ
     values = dict(axes)
     named = all(axis in values and (not wanted or values[axis] in wanted) for axis, wanted in only.items())
     return named and (not nodes or node in nodes)
-
-
-def why(repository: Repository, step: StepRow) -> Sequence[str]:
-    """Why a step was computed rather than found: how it differs from the run of the recipe before it."""
-    here: RunSummary | None = None
-    for run in repository.runs(limit=HISTORY):
-        if here is not None and run.recipe != here.recipe:
-            continue
-        found = [
-            row
-            for row in repository.find_steps(step.node, run_id=run.id)
-            if (row.node, row.axes, row.candidate) == (step.node, step.axes, step.candidate)
-        ]
-        if any(row.key == step.key for row in found):
-            here = run
-        elif here is not None and found:
-            return [f"since run {run.id}: {reason}" for reason in _differences(found[0], step)]
-    if here is None:
-        return []
-    return [f"never run before run {here.id}"]
-
-
-def _differences(old: StepRow, new: StepRow) -> list[str]:
-    names = sorted(set(old.params) | set(new.params))
-    changed = [f"{name} changed" for name in names if old.params.get(name) != new.params.get(name)]
-    if old.operation != new.operation:
-        changed.insert(0, "operation changed")
-    return changed or ["a picture that it reads changed"]

@@ -144,6 +144,8 @@ steps show made
 steps logs made
 steps link made
 explain run:2
+reproduce 1
+verify --rate 1GB
 lineage made
 schedules add sizes.yaml --name nightly
 schedules list

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.edit_quality import COLOUR_TOLERANCE, Measured, figures, table
-from engine.training.evaluate import Outcome, psnr
+from engine.likeness import psnr
+from engine.training.evaluate import Outcome
 from engine.training.instructions import Example
 from engine.training.products import Scene, render
 

@@ -10,9 +10,9 @@ import torch
 
 from engine.errors import ConfigError
 from engine.fp8 import block_linears, quantise
+from engine.likeness import psnr
 from engine.linear import FP8, Linear, LowRank, multiply_fp8, quantised
 from engine.pipeline import EditRequest, KontextEngine
-from engine.training.evaluate import psnr
 from engine.weights import TensorFiles, find_model, load_transformer
 from kontext_batch.registry import shipped_folder
 from tests.engine.test_packed import model

@@ -21,13 +21,14 @@ from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig, FlowConfig
 from engine.errors import AdapterError, ConfigError
 from engine.geometry import sizes
+from engine.likeness import psnr
 from engine.pipeline import EditRequest, KontextEngine
 from engine.training.__main__ import main
 from engine.training.adapter import LowRankAdapter
 from engine.training.autoencoder import normalised, picture_pool
 from engine.training.config import TrainingConfig
 from engine.training.data import EncodedPairs, FlowData, drawn_latents, encode_all, read_pairs
-from engine.training.evaluate import evaluate, held_out, psnr, sheet, table
+from engine.training.evaluate import evaluate, held_out, sheet, table
 from engine.training.flow import FlowWithText, compile_blocks, edit_loss, start_like_dit, train_flow
 from engine.training.instructions import KINDS
 from engine.training.loop import LoopConfig, Moment
