@@ -22,6 +22,7 @@ from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.observability.health import Pulse, Readiness
 from kontext_batch.observability.server import Served, serve_metrics
 from kontext_batch.operations.pictures import probe
+from kontext_batch.operations.previews import previews
 from kontext_batch.operations.registry import PillowOperations
 from kontext_batch.planning.events import Webhook
 from kontext_batch.planning.inbox import Place
@@ -29,6 +30,7 @@ from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import ContentFilter, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import Registry
+from kontext_batch.report.write import ReportWriter
 from kontext_batch.services.bundles import BundleLimits
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.inbox import Watcher
@@ -213,6 +215,19 @@ class Application:
             limits=self.limits(),
             backlog_limit=self.settings.backlog_limit,
         )
+
+    def report_writer(self) -> ReportWriter:
+        """Writes reports of this workspace's runs."""
+        return ReportWriter(
+            self.repository,
+            self.store,
+            partial(previews, max_pixels=self.settings.max_pixels),
+            self.settings.max_input_bytes,
+        )
+
+    def store_at(self, folder: str) -> ObjectStore:
+        """A store for that one folder, which the person at the command has named. Raises `NotAllowed`."""
+        return store_of(self.settings, (), [folder])
 
     def notifier(self) -> Notifier:
         """Sends events to the webhooks of the settings."""

@@ -28,6 +28,7 @@ from kontext_batch.cli import (
     output,
     plan,
     recipes,
+    report,
     run,
     runs,
     schedules,
@@ -78,6 +79,7 @@ for command in (
     runs.status,
     steps.explain,
     steps.lineage,
+    report.report,
     workspace.doctor,
     workspace.gc,
 ):

@@ -54,7 +54,7 @@ def latest_instances(conn: sa.Connection, recipe: str) -> dict[InstanceId, Store
         .where(ranked.c.age == 1)
         .order_by(ranked.c.run_id, ranked.c.ordinal)
     ).all()
-    inputs = _inputs_of(conn, {row.step_id for row in rows})
+    inputs = step_inputs(conn, {row.step_id for row in rows})
     return {
         (row.node, row.axes, row.candidate): StoredInstance(
             node=row.node,
@@ -71,7 +71,7 @@ def latest_instances(conn: sa.Connection, recipe: str) -> dict[InstanceId, Store
     }
 
 
-def _inputs_of(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[tuple[str, int, str, str]]]:
+def step_inputs(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[tuple[str, int, str, str]]]:
     ids = sorted(step_ids)
     found: dict[int, list[tuple[str, int, str, str]]] = {}
     for row in conn.execute(sa.select(t.step_sources).where(among(SOURCES.step_id, ids))):
