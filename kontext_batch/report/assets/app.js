@@ -2,13 +2,13 @@
 // Puts the page together: the head, what can be chosen, the keys, and the address that keeps the place.
 
 kontext.start = (run) => {
-  const { el, say } = kontext;
+  const { el, fill, say } = kontext;
   const { Model, NONE, ALL } = kontext.model;
   const element = (id) => document.getElementById(id);
   const model = new Model(run);
   const SIZES = { least: 80, most: 320, step: 16 };
   let view, layout;
-  let size = 160;
+  let size = null; // of a picture; null: as it fits
 
   const grid = new kontext.grid.Grid(element("grid"), model, (picture) => open(picture, true));
   const detail = new kontext.detail.Detail(element("detail"), model, {
@@ -37,7 +37,7 @@ kontext.start = (run) => {
     }
     if (view.q) parts.set("find", view.q);
     if (view.state) parts.set("state", view.state);
-    if (size !== 160) parts.set("size", size);
+    if (size !== null) parts.set("size", size);
     if (detail.picture) parts.set("open", detail.picture.place);
     return `#${parts}`;
   }
@@ -59,7 +59,8 @@ kontext.start = (run) => {
       pick[each] = each === model.candidateAxis ? Number(name) - 1 : run.axes[each].values.indexOf(name);
     }
     const none = parts.get("rows") === "";
-    size = Math.min(SIZES.most, Math.max(SIZES.least, Number(parts.get("size")) || 160));
+    const asked = Number(parts.get("size"));
+    size = asked ? Math.min(SIZES.most, Math.max(SIZES.least, asked)) : null;
     view = model.settled({
       node, pick, q: parts.get("find") ?? "", state: parts.get("state") ?? "",
       row: none ? NONE : axis(parts.get("rows")), column: none ? NONE : axis(parts.get("columns")),
@@ -90,7 +91,7 @@ kontext.start = (run) => {
       [run.finished ? "Took" : "So far", say.seconds(run.seconds)],
     ];
     document.title = `${run.recipe}, run ${run.id}: ${kontext.runStates[run.state] ?? run.state}`;
-    element("head").replaceChildren(
+    fill(element("head"),
       el("div", { class: "title" },
         el("h1", {}, run.recipe),
         el("span", { class: `run-state ${run.state}` }, kontext.runStates[run.state] ?? run.state),
@@ -140,7 +141,6 @@ kontext.start = (run) => {
       el("label", { class: "zoom" }, el("span", {}, "Size"), zoom));
     element("controls").replaceChildren(...parts);
     if (find.value !== view.q) find.value = view.q;
-    zoom.value = size;
     const again = [...element("controls").querySelectorAll("label")].find((each) => each.firstChild.textContent === focused);
     if (focused && again) again.lastChild.focus();
   }
@@ -169,6 +169,7 @@ kontext.start = (run) => {
     element("empty").hidden = !nothing;
     element("empty").textContent = layout.total ? "Nothing here is like that. Esc in “Find” empties it." : "This step has no pictures.";
     grid.show(layout, view, size);
+    zoom.value = grid.size;
     const of = layout.pictures.length === layout.total ? "" : ` of ${say.count(layout.total)}`;
     element("told").textContent = `${say.count(layout.pictures.length)}${of} pictures of ${run.nodes[view.node].name}`;
   }
@@ -184,7 +185,7 @@ kontext.start = (run) => {
 
   function sheet(id, title, ...content) {
     const dialog = element(id);
-    dialog.replaceChildren(
+    fill(dialog,
       el("header", { class: "bar" }, el("h2", { id: `${id}-title` }, title),
         el("button", { type: "button", class: "close", "aria-label": "Close", onclick: () => dialog.close() }, "✕")),
       ...content);
@@ -231,8 +232,8 @@ kontext.start = (run) => {
     else if (typing || document.querySelector("dialog[open]")) return;
     else if (event.key === "/" || event.key === "f") find.focus();
     else if (event.key === "?") showHelp();
-    else if (event.key === "+" || event.key === "=") resize(size + 2 * SIZES.step);
-    else if (event.key === "-") resize(size - 2 * SIZES.step);
+    else if (event.key === "+" || event.key === "=") resize(grid.size + 2 * SIZES.step);
+    else if (event.key === "-") resize(grid.size - 2 * SIZES.step);
     else return;
     event.preventDefault();
   });

@@ -54,8 +54,13 @@ const kontext = (() => {
       if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
       else made.setAttribute(name, value === true ? "" : String(value));
     }
-    made.append(...children.flat().filter((each) => each !== null && each !== undefined && each !== false));
-    return made;
+    return fill(made, ...children);
+  }
+
+  // Gives an element these children, without those that are nothing.
+  function fill(parent, ...children) {
+    parent.replaceChildren(...children.flat(2).filter((each) => each !== null && each !== undefined && each !== false));
+    return parent;
   }
 
   const decimal = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
@@ -67,11 +72,14 @@ const kontext = (() => {
     plural: (number, one, many) => `${whole.format(number)} ${number === 1 ? one : many || one + "s"}`,
     time: (iso) => moment.format(new Date(iso)),
     seconds(seconds) {
+      if (seconds === 0) return "0 s";
       if (seconds < 1) return `${whole.format(seconds * 1000)} ms`;
       if (seconds < 60) return `${decimal.format(seconds)} s`;
       const rounded = Math.round(seconds);
-      if (rounded < 3600) return `${Math.floor(rounded / 60)} min ${rounded % 60} s`;
-      return `${Math.floor(rounded / 3600)} h ${Math.floor((rounded % 3600) / 60)} min`;
+      const parts = rounded < 3600
+        ? [[Math.floor(rounded / 60), "min"], [rounded % 60, "s"]]
+        : [[Math.floor(rounded / 3600), "h"], [Math.floor((rounded % 3600) / 60), "min"]];
+      return parts.filter(([number]) => number).map(([number, unit]) => `${number} ${unit}`).join(" ");
     },
     bytes(bytes) {
       if (bytes < 1000) return `${bytes} bytes`;
@@ -113,5 +121,5 @@ const kontext = (() => {
   const thumbnail = (sha256) => place(`pictures/${sha256}-s.webp`);
   const preview = (sha256) => place(`pictures/${sha256}-m.webp`);
 
-  return { take, load, place, outside, el, say, states, runStates, thumbnail, preview, arrived, start: null };
+  return { take, load, place, outside, el, fill, say, states, runStates, thumbnail, preview, arrived, start: null };
 })();

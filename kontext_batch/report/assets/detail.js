@@ -2,7 +2,7 @@
 // One picture: compared with what it came from, and every step that led to it.
 
 kontext.detail = (() => {
-  const { el, say } = kontext;
+  const { el, fill, say } = kontext;
   const MOST = 40; // steps of a chain that are shown
 
   class Detail {
@@ -83,7 +83,7 @@ kontext.detail = (() => {
       for (const photo of photos) list.append(this.photo(photo));
       if (cut) list.append(el("li", {}, el("p", { class: "soft" }, `Only the ${MOST} nearest steps are shown.`)));
       for (const step of steps) list.append(this.step(step, step === last));
-      this.facts.replaceChildren(this.outputs(last), el("h3", {}, "Steps"), list, this.record(last));
+      fill(this.facts, this.outputs(last), el("h3", {}, "Steps"), list, this.record(last));
       this.facts.scrollTop = 0;
       this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), sha256: last.picture.sha256 } : null;
       this.why = this.reason(last);
@@ -139,7 +139,7 @@ kontext.detail = (() => {
       const note = read.missing ? el("p", { class: "error" }, `Not shown: ${read.missing}.`) : null;
       const role = { image: "Photo", logo: "Logo", reference: "Reference", cell: "Photo" }[read.role] ?? read.role;
       return el("li", { class: "step" }, this.thumbnail(read.sha256, name, read.missing),
-        el("div", {}, el("h4", {}, role), el("p", { class: "soft" }, this.linked(read, say.uri(read.uri))), note));
+        el("div", {}, el("h4", {}, role), el("p", { class: "soft" }, this.linked(read, name)), note));
     }
 
     step(step, isLast) {
@@ -186,10 +186,11 @@ kontext.detail = (() => {
       return el("dl", {}, facts.map(([label, text]) => el("div", {}, el("dt", {}, label), el("dd", {}, text))));
     }
 
-    // A link to the file where there is a way to it, else what it is called.
+    // A link to the file where there is a way to it, else where it lies.
     linked({ href, uri }, text) {
       const way = kontext.outside(href);
-      return way ? el("a", { href: way, target: "_blank", rel: "noopener noreferrer", title: say.uri(uri) }, text) : el("span", { title: say.uri(uri) }, text);
+      if (way) return el("a", { href: way, target: "_blank", rel: "noopener noreferrer", title: say.uri(uri) }, text);
+      return el("span", {}, text, el("br", {}), el("span", { class: "soft" }, say.uri(uri)));
     }
 
     outputs(step) {
@@ -197,7 +198,7 @@ kontext.detail = (() => {
       const rows = step.outputs.map((each) => {
         const state = { delivered: "", failed: "Not delivered", skipped: "Left out", waiting: "To be delivered", pending: "To be delivered" }[each.state] ?? each.state;
         return el("li", {}, state ? el("span", { class: each.state === "failed" ? "error" : "soft" }, `${state}: `) : null,
-          this.linked(each, say.uri(each.uri)), each.error ? el("p", { class: each.state === "failed" ? "error" : "soft" }, each.error) : null);
+          this.linked(each, say.file(each.uri)), each.error ? el("p", { class: each.state === "failed" ? "error" : "soft" }, each.error) : null);
       });
       return el("section", {}, el("h3", {}, "File"), el("ul", { class: "outputs" }, rows));
     }

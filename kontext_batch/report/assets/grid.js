@@ -2,10 +2,11 @@
 // The pictures in rows and columns. Only what is in view is in the page, whatever the number of pictures.
 
 kontext.grid = (() => {
-  const { el } = kontext;
+  const { el, fill } = kontext;
   const GAP = 6;
-  const HEAD = 30; // height of the line of column names
+  const HEAD = 34; // height of the line of column names, and room for the mark around a picture below it
   const CAPTION = 22; // below a picture where no row and column say what it is
+  const AUTO = [96, 224]; // least and most pixels of a picture where nobody has chosen
   const BEYOND = 1; // rows and columns that are kept ready around what is in view
 
   class Grid {
@@ -25,8 +26,9 @@ kontext.grid = (() => {
       new ResizeObserver(() => this.fit()).observe(element);
     }
 
+    // `size`: of a picture, in pixels; null: as many as lets all columns be seen, within reason.
     show(layout, view, size) {
-      Object.assign(this, { layout, view, size });
+      Object.assign(this, { layout, view, chosen: size });
       this.element.scrollTop = this.element.scrollLeft = 0;
       this.at = [0, 0];
       this.fit();
@@ -35,10 +37,13 @@ kontext.grid = (() => {
     // Measures anew, and draws everything anew.
     fit() {
       if (!this.layout) return;
-      const { layout, size } = this;
+      const { layout } = this;
       const width = this.element.clientWidth;
-      this.side = layout.matrix ? Math.min(152, Math.max(76, Math.round(width * 0.16))) : 0;
-      this.top = layout.matrix ? HEAD : 0;
+      this.side = layout.matrix ? Math.min(152, Math.max(84, Math.round(width * 0.16))) : 0;
+      this.top = layout.matrix ? HEAD : GAP;
+      const room = layout.matrix ? Math.floor((width - this.side) / layout.columns.length) - GAP : width < 500 ? 104 : 160;
+      const size = this.chosen ?? Math.min(AUTO[1], Math.max(AUTO[0], room));
+      this.size = size;
       this.cell = [size + GAP, size + GAP + (layout.matrix ? 0 : CAPTION)];
       const before = this.picture();
       this.across = layout.matrix ? layout.columns.length : Math.max(1, Math.floor((width - GAP) / this.cell[0]));
@@ -182,7 +187,7 @@ kontext.grid = (() => {
         if (state === "Not delivered") box.append(el("span", { class: "badge" }, state));
       } else {
         const what = picture.state === "done" ? "Picture not kept" : shown;
-        box.append(el("span", { class: "state" }, what), picture.error ? el("span", { class: "why" }, picture.error) : null);
+        fill(box, el("span", { class: "state" }, what), picture.error && el("span", { class: "why" }, picture.error));
       }
       cell.append(box);
       if (!this.layout.matrix) cell.append(el("div", { class: "caption" }, name));

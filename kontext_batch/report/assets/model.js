@@ -78,8 +78,8 @@ kontext.model = (() => {
       if (row === undefined || column === undefined || !known(row) || !known(column)) {
         [row, column] = axes.length > 1 ? [axes[0], axes[1]] : [NONE, NONE];
       }
-      if (row === NONE || column === NONE || row === column) [row, column] = row === column && row !== NONE ? [row, axes.find((axis) => axis !== row) ?? NONE] : [NONE, NONE];
-      if (column === NONE) row = NONE;
+      if (row === column) column = axes.find((axis) => axis !== row) ?? NONE;
+      if (row === NONE || column === NONE) [row, column] = [NONE, NONE];
       const matrix = row !== NONE;
       const pick = {};
       for (const axis of axes) {
