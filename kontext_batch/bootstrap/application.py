@@ -33,7 +33,7 @@ from kontext_batch.registry import Registry
 from kontext_batch.report.write import ReportWriter
 from kontext_batch.services.bundles import BundleLimits
 from kontext_batch.services.execute import Executor
-from kontext_batch.services.inbox import Watcher
+from kontext_batch.services.inbox import Reports, Watcher
 from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.notify import Notifier
@@ -94,7 +94,7 @@ class Application:
         readable = (*place.readable, *more)
         return self._planner(store_of(self.settings, readable, place.writable), readable, place.writable)
 
-    def watcher(self) -> Watcher:
+    def watcher(self, reports: Reports | None = None) -> Watcher:
         """Watches the inboxes of the settings."""
         settings = self.settings
         return Watcher(
@@ -112,6 +112,7 @@ class Application:
             limits=BundleLimits(max_bytes=settings.max_bundle_bytes, max_unpacked=settings.max_unpacked_bytes),
             settle_seconds=settings.inbox_settle_seconds,
             events=events_of(settings),
+            reports=reports,
         )
 
     def _planner(self, store: ObjectStore, readable: tuple[str, ...], writable: tuple[str, ...]) -> Planner:
