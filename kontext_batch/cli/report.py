@@ -66,7 +66,8 @@ def report(
         with _progress() as on_progress:
             written = writer.write(summary.id, folder, into, on_progress=on_progress)
         if written.missing:
-            output.tell(f"{len(written.missing)} pictures cannot be shown; the report says why")
+            count = len(written.missing)
+            output.tell(f"{count} {'picture' if count == 1 else 'pictures'} cannot be shown; the report says why")
         shared = None
         if link is not None:
             shared = writer.share(written, folder, into, title=title_of(summary), seconds=link)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 
 from PIL import Image, ImageDraw
@@ -62,6 +63,8 @@ class Shop:
     recipe: str = "spring"
     picture: Picture = drawn
     fault: Fault = lambda node, axes: None
+    staged: bool = True
+    """Whether there is a step for each scene between the cut out product and the file."""
     undelivered: str | None = None
     """Path that ends so is not delivered."""
     written: Written = field(init=False)
@@ -150,12 +153,14 @@ class Shop:
             for scene, place in self.scenes.items():
                 read = StepInput("image", 0, None, clean)
                 axes = {"item": item, "scene": scene}
-                staged = add("staged", axes, "edit", _edit(f"Change the background to {place}."), read)
+                if self.staged:
+                    prompt = f"Change the background to {place}."
+                    read = StepInput("image", 0, None, add("staged", axes, "edit", _edit(prompt), read))
                 for channel in self.channels:
                     axes = {"item": item, "scene": scene, "channel": channel}
                     size = {"width": 96, "height": 64}
                     params = {"size": size, "fit": "pad", "format": "jpeg", "quality": 90}
-                    key = add("finish", axes, "finish", params, StepInput("image", 0, None, staged))
+                    key = add("finish", axes, "finish", params, read)
                     path = file_uri(self.folder / "out" / f"{quote(item, safe='')}_{scene}_{channel}.jpg")
                     deliveries.append(PlannedDelivery(path, key, "replace", instances[-1], ORIGIN))
         return Plan(
@@ -167,6 +172,23 @@ class Shop:
             tuple(deliveries),
             budget={"gpu_minutes": 30},
         )
+
+
+def many(folder: Path, *, products: int, scenes: int) -> Shop:
+    """A report of products x scenes pictures, whose small copies are all one; nothing of it outlives a power cut."""
+    shop = Shop(
+        folder,
+        [f"item-{number:03}" for number in range(products)],
+        {f"scene-{number:02}": f"place {number}" for number in range(scenes)},
+        ["shop"],
+        picture=str.encode,
+        staged=False,
+    )
+    small = DRAW(drawn("any"))[0]
+    with mock.patch("os.fsync"):
+        shop.submit().work()
+        shop.written = shop.writer(lambda data: (small, small)).write(shop.run_id, shop.report, shop.store)
+    return shop
 
 
 def _edit(prompt: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser import open_report, prefer, resize, wait
 from tests.unit.report.conftest import HOSTILE, OUT_OF_MEMORY
-from tests.unit.report.made import Shop
+from tests.unit.report.made import Shop, many
 
 LEFT, UP, RIGHT, DOWN, ENTER, ESCAPE, TAB, END = "\ue012\ue013\ue014\ue015\ue007\ue00c\ue004\ue010"
 
@@ -435,25 +435,7 @@ def test_it_fits_a_narrow_window(page: Any) -> None:
 
 @pytest.fixture(scope="module")
 def thousands(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """5,000 pictures of 250 products, whose small copies are all one."""
-    scenes = {f"scene-{number:02}": f"place {number}" for number in range(20)}
-    shop = Shop(
-        tmp_path_factory.mktemp("large"),
-        [f"item-{number:03}" for number in range(250)],
-        scenes,
-        ["shop"],
-        picture=str.encode,
-    )
-    shop.submit().work()
-    small = browser_picture()
-    shop.written = shop.writer(lambda data: (small, small)).write(shop.run_id, shop.report, shop.store)
-    return shop
-
-
-def browser_picture() -> bytes:
-    from tests.unit.report.made import DRAW, drawn
-
-    return DRAW(drawn("any"))[0]
+    return many(tmp_path_factory.mktemp("large"), products=250, scenes=20)
 
 
 @pytest.mark.slow
