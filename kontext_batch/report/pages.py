@@ -21,11 +21,12 @@ GENERATOR = "kontext-batch report"
 """By which a folder is known that may be written again."""
 SCRIPTS = ("core.js", "model.js", "grid.js", "compare.js", "detail.js", "app.js")
 """In the order in which they are run."""
-STYLES = "report.css"
+STYLES, ICON = "report.css", "icon.svg"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
     ".webp": "image/webp",
 }
 
@@ -60,10 +61,10 @@ def data_file(kind: str, number: int, value: Any) -> File:
 
 @cache
 def assets() -> tuple[File, ...]:
-    """Styles and scripts of the page, the same for every report of this version."""
+    """Icon, styles and scripts of the page, the same for every report of this version."""
     folder = files("kontext_batch.report") / "assets"
     found = []
-    for name in (STYLES, *SCRIPTS):
+    for name in (ICON, STYLES, *SCRIPTS):
         data = (folder / name).read_bytes()
         stem, _, ending = name.partition(".")
         found.append(File(f"assets/{stem}-{sha256_hex(data)[:12]}.{ending}", data))
@@ -76,7 +77,9 @@ def page(title: str, data: Sequence[str], *, name: str = INDEX, links: Mapping[s
     loaded = []
     for each in (*(file.name for file in assets()), *data):
         place = html.escape((links or {}).get(each, each))
-        if each.endswith(".css"):
+        if each.endswith(".svg"):
+            loaded.append(f'<link rel="icon" type="image/svg+xml" href="{place}">')
+        elif each.endswith(".css"):
             loaded.append(f'<link rel="stylesheet" href="{place}">')
         else:
             loaded.append(f'<script defer src="{place}"></script>')

@@ -31,7 +31,7 @@ MOST = 100_000
 """Instances of a report: a browser holds a row of each."""
 THREADS = min(4, os.cpu_count() or 1)
 """Each holds one decoded picture at most."""
-OWN = re.compile(r"(pictures|data|assets)/[A-Za-z0-9_-]+\.(webp|js|css)")
+OWN = re.compile(r"(pictures|data|assets)/[A-Za-z0-9_-]+\.(webp|js|css|svg)")
 """Names of files that a report before may have left."""
 
 Draw = Callable[[bytes], tuple[bytes, bytes]]

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-import secrets
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from kontext_batch.report.write import title_of
 from kontext_batch.storage.router import open_store
+from kontext_batch.storage.s3 import make_client
+from tests import servers
 from tests.browser import open_report, wait
-from tests.servers import s3_credentials
 from tests.unit.report.made import Shop
 from tests.unit.report.test_page import ENTER, complaints, js, loaded, opened, press
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
-def test_whoever_has_the_link_sees_the_report(
-    tmp_path: Path, s3_url: str, driver: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in s3_credentials().items():
-        monkeypatch.setenv(name, value)
-    bucket = f"review-{secrets.token_hex(4)}"
-    folder = f"s3://{bucket}/spring/"
-    store = open_store((), [folder], s3_endpoint=s3_url)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+KEYS = ("studio", "a-secret-of-the-studio")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of a server that lets nobody in but us, with a bucket `review`."""
+    (tmp_path / "s3").mkdir()
+    started = servers.needed(lambda: servers.s3(tmp_path / "s3", keys=KEYS).start())
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # another test's, with the keys of moto
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEYS[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEYS[1])
+    try:
+        client = make_client(endpoint=started.url)
+        wait(lambda: _made(client), "its port is open before it can store anything")
+        yield started.url
+    finally:
+        started.kill()
+
+
+def _made(client: S3Client) -> bool:
+    with suppress(ClientError):
+        client.create_bucket(Bucket="review")
+        return True
+    return False
+
+
+def test_whoever_has_the_link_sees_the_report(tmp_path: Path, server: str, driver: Any) -> None:
+    folder = "s3://review/spring/"
+    store = open_store((), [folder], s3_endpoint=server)
     shop = Shop(tmp_path / "shop", ["mug"], {"snow": "deep snow"}, ["shop"]).submit().work()
     writer = shop.writer()
     written = writer.write(shop.run_id, folder, store)

@@ -252,6 +252,6 @@ def test_small_pictures_are_small_and_say_nothing_of_their_source() -> None:
 
 def test_the_package_holds_every_asset() -> None:
     folder = Path(pages.__file__).parent / "assets"
-    assert {file.name for file in folder.iterdir()} == {"index.html", pages.STYLES, *pages.SCRIPTS}
-    assert len(pages.assets()) == 1 + len(pages.SCRIPTS)
-    assert replace(pages.assets()[0], name="x.css").media_type.startswith("text/css")
+    assert {file.name for file in folder.iterdir()} == {"index.html", pages.ICON, pages.STYLES, *pages.SCRIPTS}
+    assert len(pages.assets()) == 2 + len(pages.SCRIPTS)
+    assert replace(pages.assets()[0], name="a/x.css").media_type.startswith("text/css")
