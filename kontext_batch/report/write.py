@@ -17,7 +17,14 @@ from typing import Any
 
 import structlog
 
-from kontext_batch.errors import InfrastructureError, KontextBatchError, ObjectNotFound, PlanRefused, SettingsError
+from kontext_batch.errors import (
+    InfrastructureError,
+    KontextBatchError,
+    NotAllowed,
+    ObjectNotFound,
+    PlanRefused,
+    SettingsError,
+)
 from kontext_batch.hashing import sha256_hex
 from kontext_batch.ports import ObjectStore, Repository, RunSummary
 from kontext_batch.report import pages
@@ -96,16 +103,12 @@ class ReportWriter:
 
     def share(self, written: Written, folder: str, into: ObjectStore, *, title: str, seconds: int) -> str:
         """A link to a page of the report whose files are behind links too, all for so many seconds."""
+        names = [name for name in written.files if name != pages.INDEX]
         with ThreadPoolExecutor(self.threads) as pool:
-            names = [name for name in written.files if name != pages.INDEX]
             signed = pool.map(lambda name: into.link(folder + name, seconds=seconds), names)
             links = dict(zip(names, signed, strict=True))
-            places = [(href, uri) for href, uri in written.deliveries]
-            links |= zip(
-                (href for href, _ in places),
-                pool.map(lambda place: self.store.link(place[1], seconds=seconds), places),
-                strict=True,
-            )
+            outside = pool.map(lambda place: self._link(place[1], seconds), written.deliveries)
+            links |= {href: url for (href, _), url in zip(written.deliveries, outside, strict=True) if url is not None}
         told = pages.data_file("links", 0, links)
         loaded = [told.name, *_loaded_at_once(written.files)]
         into.write(folder + told.name, told.data, media_type=told.media_type)
@@ -113,6 +116,13 @@ class ReportWriter:
         page = pages.page(title, loaded, name=pages.SHARED, links=links)
         into.write(folder + page.name, page.data, media_type=page.media_type)
         return into.link(folder + page.name, seconds=seconds)
+
+    def _link(self, uri: str, seconds: int) -> str | None:
+        """A link to a delivered file; None where it lies there no more, or may not be read."""
+        try:
+            return self.store.link(uri, seconds=seconds)
+        except (ObjectNotFound, NotAllowed):
+            return None
 
 
 def title_of(summary: RunSummary) -> str:

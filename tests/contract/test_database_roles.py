@@ -144,6 +144,7 @@ steps logs made
 steps link made
 explain run:2
 lineage made
+report 1
 schedules add sizes.yaml --name nightly
 schedules list
 schedules preview nightly

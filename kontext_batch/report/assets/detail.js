@@ -65,13 +65,15 @@ kontext.detail = (() => {
     async chain(place) {
       const found = new Map();
       let todo = [place];
+      let cut = false;
       while (todo.length && found.size < MOST) {
+        cut ||= todo.length > MOST - found.size;
         const details = await Promise.all(todo.slice(0, MOST - found.size).map((each) => this.load(each)));
         for (const each of details) found.set(each.place, each);
         const parents = details.flatMap((each) => each.reads.map((read) => read.parent));
         todo = [...new Set(parents)].filter((each) => each !== undefined && each !== null && !found.has(each));
       }
-      return { steps: [...found.values()].sort((a, b) => a.place - b.place), cut: todo.length > 0 };
+      return { steps: [...found.values()].sort((a, b) => a.place - b.place), cut: cut || todo.length > 0 };
     }
 
     draw({ steps, cut }) {
