@@ -170,8 +170,8 @@ kontext.start = (run) => {
     element("empty").textContent = layout.total ? "Nothing here is like that. Esc in “Find” empties it." : "This step has no pictures.";
     grid.show(layout, view, size);
     zoom.value = grid.size;
-    const of = layout.pictures.length === layout.total ? "" : ` of ${say.count(layout.total)}`;
-    element("told").textContent = `${say.count(layout.pictures.length)}${of} pictures of ${run.nodes[view.node].name}`;
+    const part = layout.pictures.length === layout.total ? "" : `${say.count(layout.pictures.length)} of `;
+    element("told").textContent = `${part}${say.plural(layout.total, "picture")} of ${run.nodes[view.node].name}`;
   }
 
   // -------------------------------------------------------------------------------------------------------- dialogs

@@ -89,13 +89,13 @@ kontext.detail = (() => {
       this.facts.scrollTop = 0;
       this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), sha256: last.picture.sha256 } : null;
       this.why = this.reason(last);
-      this.compareWith(this.origin(last, byPlace) ?? this.pictures[0]);
+      this.compareWith(this.origin(last, byPlace));
     }
 
-    // The photo that a picture began with: up by what each step changes, else the first that is read at all.
+    // The photo that a picture began with, up by what each step changes; none of a sheet, or of what has no canvas.
     origin(step, byPlace) {
       for (let at = step; at; ) {
-        const read = at.reads.find((each) => each.role === "image") ?? at.reads[0];
+        const read = at.reads.find((each) => each.role === "image");
         if (!read) break;
         if (read.sha256) return this.pictures.find((each) => each.sha256 === read.sha256);
         at = byPlace.get(read.parent);
