@@ -298,7 +298,6 @@ class Watcher:
             digest = content_hash(status)
             if drop.answer is None:  # the first answer about this run: others may lie there
                 self._delete(drop.stem + inbox.ERRORS)
-                self._delete(f"{drop.stem}{inbox.REPORT_FOLDER}index.html")
             if ended:
                 waits = self._report(drop, summary, told=digest == drop.answer)
             elif drop.answer is None:
