@@ -30,6 +30,7 @@ $(VENV)/dev: $(VENV)/runtime
 
 demo: $(VENV)/runtime
 	$(BIN)/kontext-batch run $(DEMO)
+	$(BIN)/kontext-batch report --workspace recipes/demo/kontext-out
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

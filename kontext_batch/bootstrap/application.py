@@ -24,6 +24,7 @@ from kontext_batch.observability.health import Pulse, Readiness
 from kontext_batch.observability.server import Served, serve_metrics
 from kontext_batch.operations.compare import PixelJudge
 from kontext_batch.operations.pictures import encode_png, probe
+from kontext_batch.operations.previews import previews
 from kontext_batch.operations.registry import PillowOperations
 from kontext_batch.planning.events import Webhook
 from kontext_batch.planning.inbox import Place
@@ -31,10 +32,11 @@ from kontext_batch.planning.listing import AdapterInfo, ModelInfo
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import ContentFilter, ObjectStore, WakeUps, WorkerInfo
 from kontext_batch.registry import Registry
+from kontext_batch.report.write import ReportWriter
 from kontext_batch.services.bundles import BundleLimits
 from kontext_batch.services.deliver import Papers
 from kontext_batch.services.execute import Executor
-from kontext_batch.services.inbox import Watcher
+from kontext_batch.services.inbox import Reports, Watcher
 from kontext_batch.services.limits import Limits
 from kontext_batch.services.look import Looker
 from kontext_batch.services.notify import Notifier
@@ -98,7 +100,7 @@ class Application:
         readable = (*place.readable, *more)
         return self._planner(store_of(self.settings, readable, place.writable), readable, place.writable)
 
-    def watcher(self) -> Watcher:
+    def watcher(self, reports: Reports | None = None) -> Watcher:
         """Watches the inboxes of the settings."""
         settings = self.settings
         return Watcher(
@@ -116,6 +118,7 @@ class Application:
             limits=BundleLimits(max_bytes=settings.max_bundle_bytes, max_unpacked=settings.max_unpacked_bytes),
             settle_seconds=settings.inbox_settle_seconds,
             events=events_of(settings),
+            reports=reports,
         )
 
     def _planner(self, store: ObjectStore, readable: tuple[str, ...], writable: tuple[str, ...]) -> Planner:
@@ -265,6 +268,19 @@ class Application:
             max_input_bytes=settings.max_input_bytes,
             tell=tell,
         )
+
+    def report_writer(self) -> ReportWriter:
+        """Writes reports of this workspace's runs."""
+        return ReportWriter(
+            self.repository,
+            self.store,
+            partial(previews, max_pixels=self.settings.max_pixels),
+            self.settings.max_input_bytes,
+        )
+
+    def store_at(self, folder: str) -> ObjectStore:
+        """A store for that one folder, which the person at the command has named. Raises `NotAllowed`."""
+        return store_of(self.settings, (), [folder])
 
     def notifier(self) -> Notifier:
         """Sends events to the webhooks of the settings."""

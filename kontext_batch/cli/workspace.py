@@ -261,6 +261,7 @@ def beat(
     from functools import cache
 
     from kontext_batch.errors import InfrastructureError
+    from kontext_batch.report.aside import ReportsAside
     from kontext_batch.services.limits import enforce
     from kontext_batch.services.maintain import reconcile
     from kontext_batch.services.prepare import Planner
@@ -270,7 +271,7 @@ def beat(
     stopping = threading.Event()
     output.tell("beating; Ctrl-C stops")
     with stopped_by_signals(stopping), common.opened(workspace) as application, ExitStack() as served:
-        watcher = application.watcher()
+        watcher = application.watcher(served.enter_context(ReportsAside(application.report_writer())))
         pulse, watch, notifier = application.pulse(), Watch(application.repository), application.notifier()
         collector = application.collector()
         served.enter_context(application.served(pulse, port=metrics_port))

@@ -55,7 +55,7 @@ def latest_instances(conn: sa.Connection, recipe: str) -> dict[InstanceId, Store
         .where(ranked.c.age == 1)
         .order_by(ranked.c.run_id, ranked.c.ordinal)
     ).all()
-    inputs = _inputs_of(conn, {row.step_id for row in rows})
+    inputs = step_inputs(conn, {row.step_id for row in rows})
     return {(row.node, row.axes, row.candidate): _instance(row, inputs.get(row.step_id, ())) for row in rows}
 
 
@@ -73,7 +73,7 @@ def _instance(row: sa.Row[Any], inputs: Sequence[tuple[str, int, str, str]]) -> 
     )
 
 
-def _inputs_of(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[tuple[str, int, str, str]]]:
+def step_inputs(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[tuple[str, int, str, str]]]:
     ids = sorted(step_ids)
     found: dict[int, list[tuple[str, int, str, str]]] = {}
     for row in conn.execute(sa.select(t.step_sources).where(among(SOURCES.step_id, ids))):
@@ -325,7 +325,7 @@ def nearest_instance(conn: sa.Connection, use: StepUse, *, later: bool) -> tuple
     ).first()
     if row is None:
         return None
-    return row.run_id, row.step_id, _instance(row, _inputs_of(conn, [row.step_id]).get(row.step_id, ()))
+    return row.run_id, row.step_id, _instance(row, step_inputs(conn, [row.step_id]).get(row.step_id, ()))
 
 
 def ancestors(conn: sa.Connection, step_id: int) -> list[tuple[int, int, str]]:

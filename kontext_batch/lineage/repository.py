@@ -375,6 +375,9 @@ class SqlRepository(SqlRetention, SqlArchives):
     def step_sources(self, step_id: int) -> Sequence[SourceInput]:
         return self._db.read(queries.step_sources, step_id)
 
+    def step_inputs(self, step_ids: Iterable[int]) -> Mapping[int, Sequence[tuple[str, int, str, str]]]:
+        return self._db.read(queries.step_inputs, list(step_ids))
+
     def batch(self, batch_id: int) -> BatchRow:
         return self._db.read(export.batch, batch_id)
 

@@ -21,6 +21,8 @@ BUNDLE = ".zip"
 CANCEL = ".cancel"
 STATUS, PLAN, ERRORS, REPORT = ".status.json", ".plan.txt", ".errors.txt", ".report.html"
 """Endings of the answers; none of them is one of a drop."""
+REPORT_FOLDER = ".report/"
+"""Ending of the folder with all pictures of the run."""
 
 
 class DropState(StrEnum):

@@ -440,6 +440,10 @@ class Repository(Retention, Archives, Protocol):
 
     def step_sources(self, step_id: int) -> Sequence[SourceInput]: ...
 
+    def step_inputs(self, step_ids: Iterable[int]) -> Mapping[int, Sequence[tuple[str, int, str, str]]]:
+        """What each step reads: (role, position, URI or '', sha256 of the source or key of the parent), in order."""
+        ...
+
     def batch(self, batch_id: int) -> BatchRow:
         """Raises `ObjectNotFound`."""
         ...

@@ -92,8 +92,11 @@ def _s(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds else "-"
 
 
-def report_html(file: str, summary: RunSummary, repository: Repository) -> bytes:
-    """One page without anything that it would load: what was delivered and what was not, with the reasons."""
+def report_html(file: str, summary: RunSummary, repository: Repository, pictures: str | None = None) -> bytes:
+    """One page without anything that it would load: what was delivered and what was not, with the reasons.
+
+    `pictures`: relative link to the report with all pictures, where there is one.
+    """
     steps = [(state.value, str(count)) for state, count in sorted(summary.steps.items())]
     bad = (StepState.FAILED, StepState.QUARANTINED)
     failed = [
@@ -106,6 +109,7 @@ def report_html(file: str, summary: RunSummary, repository: Repository) -> bytes
         f"<h1>{_e(title)}</h1>",
         f"<p>Run {summary.id} of <code>{_e(file)}</code>, for {_e(summary.owner)}. "
         f"{summary.delivered} of {summary.deliveries} outputs delivered.</p>",
+        "" if pictures is None else f'<p><a href="{_e(pictures)}">All pictures, step by step</a></p>',
         _table("Steps", ("state", "steps"), steps),
         _table("Failed steps", ("step", "reason"), failed),
         _table("Not delivered", ("output", "reason"), repository.failed_deliveries(summary.id)),

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
+from typing import Protocol
+from urllib.parse import quote
 
 import structlog
 
@@ -30,7 +32,7 @@ from kontext_batch.hashing import content_hash, sha256_hex
 from kontext_batch.planning import inbox, uris
 from kontext_batch.planning.inbox import AnsweredDrop, Cancel, ClaimedDrop, DropState, NewDrop, Place
 from kontext_batch.planning.states import OPEN_RUNS, RunState, StepState
-from kontext_batch.ports import Act, Notice, ObjectEvents, ObjectInfo, ObjectStore, Repository, WakeUps
+from kontext_batch.ports import Act, Notice, ObjectEvents, ObjectInfo, ObjectStore, Repository, RunSummary, WakeUps
 from kontext_batch.recipes.loader import Recipe
 from kontext_batch.services import answers
 from kontext_batch.services.bundles import Bundle, BundleLimits, is_imported, member_uri
@@ -48,6 +50,8 @@ MAX_TRIES = 5
 ANSWER_SECONDS = 60.0
 """How long writing the answers of one drop may take."""
 ANSWER_EVERY = 5.0
+REPORT_EVERY = 15.0
+"""How often is asked whether a report is written; another process that asks first writes it too."""
 MOST_STARTS = 50
 """Drops that are planned in one tick: answers and cancelling do not wait for a thousand others."""
 MOST_ANSWERS = 200
@@ -56,6 +60,17 @@ MEDIA_TYPES = {".json": "application/json", ".txt": "text/plain; charset=utf-8",
 
 PlannerOf = Callable[[Place, Sequence[str]], Planner]
 """An inbox and prefixes that one recipe may read besides -> a planner that reads and writes nothing else."""
+
+
+class Reports(Protocol):
+    """Writes the pictures of runs that have ended, while the ticks go on."""
+
+    def written(self, run_id: int, folder: str, into: ObjectStore) -> bool | None:
+        """Whether the run's report lies in the folder, a URI; None: not yet. False: it cannot be written.
+
+        Begins to write it, unless another one is being written.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,8 @@ class Watcher:
     settle_seconds: float
     """How long a file of a folder must stay as it is."""
     events: ObjectEvents | None = None
+    reports: Reports | None = None
+    """None: no pictures are put beside a drop."""
 
     def tick(self, planner: PlannerOf) -> list[int]:
         """Returns the runs that were started."""
@@ -275,22 +292,39 @@ class Watcher:
         # A cancelled run still holds the batch in flight for a moment: the last answer tells what became of it.
         ended = summary.state not in OPEN_RUNS and not summary.steps.get(StepState.LEASED)
         file, digest = uris.file_name(drop.uri), drop.answer
+        waits = False
         if drop.newest and inbox.place_of(drop.uri, self.places) is not None:
             status = answers.run_status(file, summary)
             digest = content_hash(status)
             if drop.answer is None:  # the first answer about this run: others may lie there
                 self._delete(drop.stem + inbox.ERRORS)
             if ended:
-                self._write(drop.stem + inbox.REPORT, answers.report_html(file, summary, self.repository))
+                waits = self._report(drop, summary, told=digest == drop.answer)
             elif drop.answer is None:
                 self._delete(drop.stem + inbox.REPORT)
             if digest != drop.answer:
                 self._write(drop.stem + inbox.STATUS, answers.status_text(status))
-        if ended:
+        if ended and not waits:
             state = DropState.CANCELLED if summary.state is RunState.CANCELLED else DropState.FINISHED
         else:
             state = DropState.ACCEPTED
-        self.repository.settle_answer(drop.id, drop.token, state, digest, seconds=ANSWER_EVERY)
+        again = REPORT_EVERY if waits else ANSWER_EVERY
+        self.repository.settle_answer(drop.id, drop.token, state, digest, seconds=again)
+
+    def _report(self, drop: AnsweredDrop, summary: RunSummary, *, told: bool) -> bool:
+        """The page at once, and the pictures when they are there; says whether those are still being written.
+
+        `told`: the page is there already.
+        """
+        folder = drop.stem + inbox.REPORT_FOLDER
+        written: bool | None = False
+        if self.reports is not None:
+            written = self.reports.written(drop.run_id, folder, self._store(drop.uri))
+        if written is not None or not told:
+            pictures = f"{quote(uris.file_name(drop.stem))}{inbox.REPORT_FOLDER}index.html" if written else None
+            page = answers.report_html(uris.file_name(drop.uri), summary, self.repository, pictures)
+            self._write(drop.stem + inbox.REPORT, page)
+        return written is None
 
     def _write(self, uri: str, data: bytes) -> None:
         """An answer that cannot lie there (a folder has its name) is left out: the run counts."""

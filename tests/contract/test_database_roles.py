@@ -147,6 +147,7 @@ explain run:2
 reproduce 1
 verify --rate 1GB
 lineage made
+report 1
 schedules add sizes.yaml --name nightly
 schedules list
 schedules preview nightly

@@ -125,6 +125,11 @@ def test_ancestors_and_sources(repository: SqlRepository) -> None:
     assert repository.ancestors(a) == []
     assert repository.step_sources(a) == [SourceInput("image", 0, source("a").uri, source("a").sha256)]
     assert repository.step_sources(b) == []
+    assert repository.step_inputs([a, c, 999]) == {
+        a: [("image", 0, source("a").uri, source("a").sha256)],
+        c: [("image", 0, "", key("b")), ("reference", 0, "", key("a"))],
+    }
+    assert repository.step_inputs([]) == {}
 
 
 def test_run_steps_can_be_kept_to_some_states(repository: SqlRepository) -> None:

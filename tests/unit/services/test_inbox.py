@@ -24,12 +24,13 @@ from kontext_batch.planning.inbox import DropState, Place
 from kontext_batch.planning.states import RunState
 from kontext_batch.ports import Notice, ObjectInfo
 from kontext_batch.registry import ModelEntry, Registry
+from kontext_batch.report.aside import ReportsAside
 from kontext_batch.services.inbox import MAX_TRIES
 from kontext_batch.services.prepare import Planner
 from kontext_batch.settings import Inbox, InboxBudget, Settings
 from kontext_batch.storage.local import LocalStore
 from kontext_batch.storage.uris import file_uri
-from tests.unit.services.conftest import ToyEditor
+from tests.unit.services.conftest import ToyEditor, wait_for
 
 RECIPE = """\
 version: 1
@@ -609,3 +610,50 @@ def test_inboxes_that_could_feed_one_another_are_refused(
     )
     with pytest.raises(SettingsError, match=words):
         inbox_places(Settings(inboxes=inboxes))
+
+
+def test_the_pictures_of_a_run_are_put_beside_its_recipe_while_the_ticks_go_on(desk: Desk) -> None:
+    desk.drop("x.yaml", desk.recipe)
+    [run_id] = desk.settle()
+    desk.work(run_id)
+    with ReportsAside(desk.app.report_writer()) as reports:
+
+        def look() -> bool:
+            desk.hurry().tick(reports=reports)
+            return desk.states() == [DropState.FINISHED]
+
+        assert not look(), "nothing waits for pictures"
+        assert desk.status()["state"] == "done"
+        assert "All pictures" not in (desk.folder / "x.report.html").read_text()
+        wait_for(look)
+    assert 'href="x.report/index.html"' in (desk.folder / "x.report.html").read_text()
+    assert (desk.folder / "x.report" / "index.html").is_file()
+    assert len(list((desk.folder / "x.report" / "pictures").iterdir())) == 2 * 6  # two photos, two steps of each
+    assert desk.hurry().tick() == [], "nothing of a report is a drop"
+
+    desk.drop("x.yaml", desk.recipe + "# again\n")
+    desk.settle()
+    desk.hurry().tick()
+    assert not (desk.folder / "x.report.html").exists(), "nobody is led to the pictures of another run"
+
+
+def test_a_report_that_cannot_be_written_keeps_no_drop_from_its_end(desk: Desk) -> None:
+    desk.drop("x.yaml", desk.recipe)
+    (desk.folder / "x.report").mkdir()
+    (desk.folder / "x.report" / "index.html").mkdir()
+    [run_id] = desk.settle()
+    desk.work(run_id)
+    with ReportsAside(desk.app.report_writer()) as reports:
+        wait_for(lambda: desk.hurry().tick(reports=reports) == [] and desk.states() == [DropState.FINISHED])
+    assert "x.report/" not in (desk.folder / "x.report.html").read_text()
+
+
+def test_a_report_that_was_stopped_is_gone_on_with(desk: Desk) -> None:
+    desk.drop("x.yaml", desk.recipe)
+    [run_id] = desk.settle()
+    desk.work(run_id)
+    with ReportsAside(desk.app.report_writer()) as reports:
+        desk.hurry().tick(reports=reports)
+    with ReportsAside(desk.app.report_writer()) as reports:
+        wait_for(lambda: desk.hurry().tick(reports=reports) == [] and desk.states() == [DropState.FINISHED])
+    assert (desk.folder / "x.report" / "index.html").is_file()
