@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.provenance import ancestries
 from kontext_batch.lineage.sql import among
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Artifact, SourceInput, StoredOutput, StoredParent, StoredStep
@@ -37,6 +38,7 @@ def stored_steps(conn: sa.Connection, ids: Sequence[int]) -> dict[int, StoredSte
     wanted = sa.select(RUN_STEPS.step_id, t.runs.c.source).join(t.runs, t.runs.c.id == RUN_STEPS.run_id)
     for row in conn.execute(wanted.where(among(RUN_STEPS.step_id, ids)).distinct()):
         recipes[row.step_id].append(row.source)
+    came_from = ancestries(conn, ids)
     rows = conn.execute(
         sa.select(t.steps, t.step_params.c.params)
         .join(t.step_params, t.step_params.c.step_id == STEPS.id)
@@ -54,6 +56,7 @@ def stored_steps(conn: sa.Connection, ids: Sequence[int]) -> dict[int, StoredSte
             sources=tuple(sources[row.id]),
             outputs=outputs.get(row.id, {}),
             recipes=tuple(sorted(recipes[row.id])),
+            ancestry=came_from[row.id],
         )
         for row in rows
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from kontext_batch.planning.marking import Ancestry
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports.records import Artifact, SourceInput
 
@@ -49,6 +50,8 @@ class StoredStep:
     """By slot."""
     recipes: tuple[str, ...]
     """URIs of the recipes that wanted it: its photos lie around them."""
+    ancestry: Ancestry
+    """Of the picture that it makes."""
 
 
 @dataclass(frozen=True, slots=True)

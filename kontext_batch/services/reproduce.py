@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from kontext_batch.errors import InfrastructureError, NotAllowed, ObjectNotFound, PlanRefused, StepError
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.planning.marking import xmp_packet
 from kontext_batch.planning.params import SAMPLING
 from kontext_batch.planning.plan import OPERATIONS_LANE
 from kontext_batch.ports import (
@@ -29,6 +30,7 @@ from kontext_batch.ports import (
     PictureDifference,
     Prepared,
     Repository,
+    SampledPicture,
     SourceInput,
     StoredOutput,
     StoredParent,
@@ -105,7 +107,7 @@ class Replayer:
             if record.batch is not None:
                 changes += differences(record.batch, step.params, self.operations.describe())
             self._say([*told, *changes])
-            made = self.operations.run(step.operation, job.params, job.pictures)
+            made = _as_then(step, lambda xmp: self.operations.run(step.operation, job.params, job.pictures, xmp=xmp))
         else:
             together = not alone and not record.invariant
             members = record.members if together else ()
@@ -143,6 +145,8 @@ class Replayer:
         return EditJob(step.params, tuple(pictures)), reasons
 
     def _photo(self, source: SourceInput) -> bytes:
+        if (stone := self.repository.forgotten([source.sha256]).get(source.sha256)) is not None:
+            raise _Gone(f"{source.uri}: the photo was taken down on {stone.at:%Y-%m-%d}: {stone.reason}")
         try:
             data = self.store.read(source.uri, max_bytes=self.max_input_bytes)
         except ObjectNotFound as error:
@@ -241,7 +245,8 @@ class Replayer:
             if record.batch is not None:
                 changes += differences(record.batch, step.params, editor.describe())
                 self._say(changes)
-            return sample_together(session, prepared, step.id)
+            sampled = sample_together(session, prepared, step.id)
+        return _as_then(step, lambda xmp: sampled.encode(xmp=xmp))
 
     # -------------------------------------------------------------------------------------------------------- compare
 
@@ -322,7 +327,17 @@ class _Gone(Exception):
     """What a step read cannot be had any more."""
 
 
-def sample_together(session: EditSession, queue: Sequence[tuple[int, int, Prepared]], wanted: int) -> MadePicture:
+def _as_then(step: StoredStep, make: Callable[[bytes | None], MadePicture]) -> MadePicture:
+    """The file with the mark that workers write, or without, if that gives the bytes of then (setting `mark`)."""
+    wanted = step.outputs["image"].artifact.sha256
+    marked = make(xmp_packet(step.key, step.ancestry))
+    if sha256_hex(marked.data) == wanted:
+        return marked
+    plain = make(None)
+    return plain if sha256_hex(plain.data) == wanted else marked
+
+
+def sample_together(session: EditSession, queue: Sequence[tuple[int, int, Prepared]], wanted: int) -> SampledPicture:
     """Let each join at its denoise step, until the one wanted leaves. Raises what is wrong with that one's picture."""
     waiting, inside, clock = deque(queue), 0, 0
     while True:
@@ -351,7 +366,7 @@ def sample_together(session: EditSession, queue: Sequence[tuple[int, int, Prepar
             if ticket == wanted:
                 if isinstance(result, StepError):
                     raise result
-                return result.encode()
+                return result
 
 
 def finished_from(repository: Repository, step_id: int) -> list[int]:

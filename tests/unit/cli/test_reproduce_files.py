@@ -31,6 +31,25 @@ def test_a_finished_file_is_made_again_and_may_be_kept(done: Path, capsys: pytes
     assert (act["action"], act["details"]) == ("reproduce", {"equal": True, "alone": False, "psnr": None})
 
 
+def test_a_file_from_before_marks_is_made_again(
+    studio: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KONTEXT_BATCH_MARK", "false")
+    assert main.main(["run", "sizes.yaml"]) == 0
+    monkeypatch.delenv("KONTEXT_BATCH_MARK")
+    assert b"kontext-batch:b2:" not in (studio / "out" / "mug_small.png").read_bytes()
+    capsys.readouterr()
+    assert main.main(["reproduce", "out/mug_small.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "  equal bit for bit"
+
+
+def test_nothing_is_made_again_from_a_photo_that_was_taken_down(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["forget", "photos/mug.png", "--reason", "consent withdrawn", "--yes"]) == 0
+    capsys.readouterr()
+    assert main.main(["reproduce", "out/mug_small.png"]) == 5
+    assert "consent withdrawn" in capsys.readouterr().err
+
+
 def test_a_file_that_differs_says_how(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(sqlite3.connect(done / "kontext-out" / "kontext.db")) as conn, conn:
         conn.execute("UPDATE step_params SET params = json_set(params, '$.format', 'webp', '$.quality', 100)")

@@ -47,7 +47,8 @@ class Watched(SteppingEditor):
 def together(editor: Watched, queue: Sequence[tuple[str, int]], wanted: str) -> MadePicture:
     tickets = {name: number for number, (name, _) in enumerate(queue)}
     with editor.session({}) as session:
-        return sample_together(session, [(tickets[name], joined, name) for name, joined in queue], tickets[wanted])
+        entries = [(tickets[name], joined, name) for name, joined in queue]
+        return sample_together(session, entries, tickets[wanted]).encode()
 
 
 def test_each_joins_at_its_denoise_step_in_its_order_until_the_one_wanted_has_left() -> None:
