@@ -12,14 +12,17 @@ from kontext_batch.lineage import (
     events,
     export,
     garbage,
+    impact,
     inbox,
     limits,
     moving,
+    naming,
     queries,
     runs,
     schedules,
     standing,
     submit,
+    tracing,
     workers,
 )
 from kontext_batch.lineage.engine import Transactions, open_database
@@ -58,6 +61,7 @@ from kontext_batch.ports import (
     WorkerInfo,
     WorkerRow,
 )
+from kontext_batch.ports.tracing import MadePage, Place, Subject, TracedStep, Weights
 
 
 class SqlRepository:
@@ -365,6 +369,29 @@ class SqlRepository:
 
     def batch(self, batch_id: int) -> BatchRow:
         return self._db.read(export.batch, batch_id)
+
+    # ---- lineage
+
+    def known_by_hash(self, prefix: str) -> Sequence[Subject]:
+        return self._db.read(naming.known_by_hash, prefix)
+
+    def known_by_place(self, uri: str) -> Sequence[Subject]:
+        return self._db.read(naming.known_by_place, uri)
+
+    def weights(self) -> Sequence[Weights]:
+        return self._db.read(naming.weights)
+
+    def above(self, step_ids: Iterable[int]) -> Sequence[tuple[int, int]]:
+        return self._db.read(tracing.above, list(step_ids))
+
+    def traced(self, step_ids: Iterable[int]) -> Sequence[TracedStep]:
+        return self._db.read(tracing.traced, list(step_ids))
+
+    def made_from(self, subject: Subject, *, after: Place | None = None, limit: int = 200) -> MadePage:
+        return self._db.read(impact.made_from, subject, after=after, limit=limit)
+
+    def made_directly(self, subject: Subject) -> int:
+        return self._db.read(impact.made_directly, subject)
 
     # ---- acts of people
 

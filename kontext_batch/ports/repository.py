@@ -32,9 +32,10 @@ from kontext_batch.ports.records import (
     StoredInstance,
     WorkerInfo,
 )
+from kontext_batch.ports.tracing import Tracing
 
 
-class Repository(Protocol):
+class Repository(Tracing, Protocol):
     """The database. Every method is one transaction; all times are the database's own.
 
     `by`: the person's act that a change is, written down in the same transaction when something changed; None for what
