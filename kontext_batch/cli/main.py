@@ -24,6 +24,7 @@ from kontext_batch.cli import (
     admin,
     export,
     inbox,
+    lineage,
     models,
     output,
     plan,
@@ -77,7 +78,7 @@ for command in (
     run.submit,
     runs.status,
     steps.explain,
-    steps.lineage,
+    lineage.lineage,
     workspace.doctor,
     workspace.gc,
 ):
