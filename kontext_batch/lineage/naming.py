@@ -25,22 +25,13 @@ VERSIONED = re.compile(r"(.*)\.v[0-9]+(\.[^./]*)?")
 
 def known_by_hash(conn: sa.Connection, prefix: str) -> list[Subject]:
     by_indices(conn)
-    found = [*_pictures(conn, prefix), *_files(conn, prefix)]
-    known = {sha256 for subject in found for sha256 in subject.sha256s}
-    found += [photo(sha256) for sha256 in _photos(conn, prefix) if sha256 not in known]
-    found += [Subject(SubjectKind.WEIGHTS, weights_name(each), (each.sha256,)) for each in weights(conn, prefix)]
-    revisions = conn.execute(
-        sa.select(RUNS.recipe_sha256, sa.func.max(RUNS.recipe))
-        .where(_begins(RUNS.recipe_sha256, prefix))
-        .group_by(RUNS.recipe_sha256)
-        .limit(MOST)
-    )
-    found += [Subject(SubjectKind.RECIPE, f"recipe {name}, revision {sha256}", (sha256,)) for sha256, name in revisions]
+    found: list[Subject] = []
+    for look in (_pictures, _files, _photos, _weights, _recipes):
+        known = {sha256 for subject in found for sha256 in subject.sha256s}
+        found += [subject for subject in look(conn, prefix) if not known.issuperset(subject.sha256s)]
+        if found and len(prefix) == SHA256_DIGITS:
+            break  # nothing else has the same bytes
     return found
-
-
-def photo(sha256: str) -> Subject:
-    return Subject(SubjectKind.PHOTO, f"photo with sha256 {sha256}", (sha256,))
 
 
 def weights_name(each: Weights) -> str:
@@ -103,13 +94,23 @@ def _files(conn: sa.Connection, prefix: str) -> list[Subject]:
     ][:MOST]
 
 
-def _photos(conn: sa.Connection, prefix: str) -> list[str]:
+def _photos(conn: sa.Connection, prefix: str) -> list[Subject]:
     found = _distinct(conn, SOURCES.sha256, prefix)
     if not found:  # listed, and read by no step
         inputs = t.inputs.c
         query = sa.select(inputs.sha256).where(inputs.sha256 != "", _begins(inputs.sha256, prefix)).distinct()
         found = list(conn.scalars(query.limit(MOST)))
-    return found
+    return [Subject(SubjectKind.PHOTO, f"photo with sha256 {sha256}", (sha256,)) for sha256 in found]
+
+
+def _weights(conn: sa.Connection, prefix: str) -> list[Subject]:
+    return [Subject(SubjectKind.WEIGHTS, weights_name(each), (each.sha256,)) for each in weights(conn, prefix)]
+
+
+def _recipes(conn: sa.Connection, prefix: str) -> list[Subject]:
+    query = sa.select(RUNS.recipe_sha256, sa.func.max(RUNS.recipe)).where(_begins(RUNS.recipe_sha256, prefix))
+    rows = conn.execute(query.group_by(RUNS.recipe_sha256).limit(MOST))
+    return [Subject(SubjectKind.RECIPE, f"recipe {name}, revision {sha256}", (sha256,)) for sha256, name in rows]
 
 
 def known_by_place(conn: sa.Connection, uri: str) -> list[Subject]:
