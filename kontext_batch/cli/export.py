@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from kontext_batch.cli import common, output
 
 if TYPE_CHECKING:
-    from kontext_batch.ports import ExportedInstance
+    from kontext_batch.ports import ExportedInstance, Repository
 
 COLUMNS = (
     "step",
@@ -43,17 +44,28 @@ COLUMNS = (
 )
 
 
+AT_ONCE = 500
+"""Steps whose lineage is read at once."""
+
+
 class Format(StrEnum):
     """What `runs export` writes."""
 
     JSON = "json"
     CSV = "csv"
+    PROV = "prov"
+    OPENLINEAGE = "openlineage"
 
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Number of the run.", show_default=False)],
     form: Annotated[
-        Format, typer.Option("--format", help="json: an array, one instance a line; csv: a table.")
+        Format,
+        typer.Option(
+            "--format",
+            help="json: an array, one instance a line; csv: a table; prov: W3C PROV-JSON; "
+            "openlineage: run events, one a line.",
+        ),
     ] = Format.JSON,
     workspace: common.WorkspaceOption = None,
 ) -> None:
@@ -68,6 +80,10 @@ def export(
         found = application.repository.export(number)
         if form is Format.CSV:
             _csv(found)
+        elif form is Format.PROV:
+            _prov(application.repository, found)
+        elif form is Format.OPENLINEAGE:
+            _openlineage(application.repository, number, found)
         else:
             _json(found)
 
@@ -78,6 +94,31 @@ def _json(found: Iterable[ExportedInstance]) -> None:
         output.say("[" if before is None else before + ",")
         before = json.dumps({**output.as_json(each), "axes": dict(each.axes)}, ensure_ascii=False)
     output.say("[]" if before is None else before + "\n]")
+
+
+def _prov(repository: Repository, found: Iterable[ExportedInstance]) -> None:
+    from kontext_batch.provenance.prov import as_prov
+
+    steps = (each.step_id for each in found)
+    output.say_json(as_prov(traced for page in _pages(steps) for traced in repository.traced(page)))
+
+
+def _openlineage(repository: Repository, run_id: int, found: Iterable[ExportedInstance]) -> None:
+    """The run's own events around those of its steps, without what was there before it."""
+    from kontext_batch.provenance.openlineage import run_events, step_events
+
+    start, *end = run_events(repository.run(run_id))
+    computed = (each.step_id for each in found if not each.cached)
+    steps = (event for page in _pages(computed) for each in repository.traced(page) for event in step_events(each))
+    for event in chain([start], steps, end):
+        output.say(json.dumps(event, ensure_ascii=False))
+
+
+def _pages(step_ids: Iterable[int]) -> Iterator[list[int]]:
+    """Each step once."""
+    left = iter(dict.fromkeys(step_ids))
+    while page := list(islice(left, AT_ONCE)):
+        yield page
 
 
 def _csv(found: Iterable[ExportedInstance]) -> None:

@@ -1,4 +1,4 @@
-"""`steps show|logs|link`, `explain` and `lineage`: questions about single pictures."""
+"""`steps show|logs|link` and `explain`: questions about single pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from kontext_batch.errors import ObjectNotFound, SettingsError
 
 if TYPE_CHECKING:
     from kontext_batch.ports import AttemptRow, Repository, StepRow
-    from kontext_batch.services.questions import Link
 
 LIKE_A_RUN = re.compile(r"run[ :#-]?([0-9]{1,18})", re.IGNORECASE)
 """What is typed for a run where a step is expected."""
@@ -138,44 +137,23 @@ def explain(
         _say_attempts(attempts)
 
 
-def lineage(step: StepArgument, workspace: common.WorkspaceOption = None, as_json: common.JsonOption = False) -> None:
-    """Where a picture comes from: every step above it, up to the photos.
-
-    Example: kontext-batch lineage kontext-out/pictures/mug/mug_ocean_shop.jpg --json
-    """
-    from kontext_batch.services.questions import chain
-
-    with common.opened(workspace) as application:
-        chains = [chain(application.repository, row) for row in meant(application.repository, step)]
-    if as_json:
-        output.say_json(chains[0] if len(chains) == 1 else chains)
-        return
-    for links in chains:
-        _say_chain(links)
-
-
 def meant(repository: Repository, text: str, *, runs_too: bool = False) -> Sequence[StepRow]:
     """The steps that `text` means; a file by the hash of its bytes alone, for another's may lie where ours should.
 
     `runs_too`: the command takes a run as well, which is told to whoever seems to mean one. Raises `ObjectNotFound`.
     """
     from kontext_batch.hashing import sha256_hex
-    from kontext_batch.services.questions import found_steps, run_that_wanted
+    from kontext_batch.services.questions import found_steps
     from kontext_batch.storage.uris import file_uri
 
     path = Path(text)
-    if not _is_file(path):
+    if not is_file(path):
         try:
             return found_steps(repository, text)
         except ObjectNotFound as error:
-            run_meant = LIKE_A_RUN.fullmatch(text)
-            if run_meant is None:
+            hint = run_hint(text, runs_too=runs_too)
+            if not hint:
                 raise
-            hint = (
-                f"for a run write `run:{run_meant[1]}`"
-                if runs_too
-                else f"a step or a path is taken here, no run (`runs show {run_meant[1]}` lists the steps of one)"
-            )
             raise ObjectNotFound(f"{error}; {hint}") from error
     try:
         data = path.read_bytes()
@@ -184,15 +162,33 @@ def meant(repository: Repository, text: str, *, runs_too: bool = False) -> Seque
     found = repository.find_steps(sha256_hex(data))
     if found:
         return found
-    run = run_that_wanted(repository, file_uri(os.path.abspath(path)))
+    raise not_ours(repository, text, file_uri(os.path.abspath(path)))
+
+
+def not_ours(repository: Repository, text: str, uri: str) -> ObjectNotFound:
+    """Of a file whose bytes are unknown."""
+    from kontext_batch.services.questions import run_that_wanted
+
+    run = run_that_wanted(repository, uri)
     wanted = "" if run is None else f"; run {run} delivered there, or wanted to"
-    raise ObjectNotFound(f"{text}: this picture was not made in this workspace, or was changed since{wanted}")
+    return ObjectNotFound(f"{text}: this picture was not made in this workspace, or was changed since{wanted}")
 
 
-def _is_file(path: Path) -> bool:
+def run_hint(text: str, *, runs_too: bool = False) -> str:
+    """What is said to whoever seems to mean a run; empty for others."""
+    run_meant = LIKE_A_RUN.fullmatch(text)
+    if run_meant is None:
+        return ""
+    if runs_too:
+        return f"for a run write `run:{run_meant[1]}`"
+    return f"a step or a path is taken here, no run (`runs show {run_meant[1]}` lists the steps of one)"
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file lies there; not for a name that no file can have."""
     try:
         return path.is_file()
-    except OSError:  # a name that no file can have
+    except (OSError, ValueError):
         return False
 
 
@@ -214,23 +210,3 @@ def _say_attempts(attempts: Sequence[AttemptRow]) -> None:
             f"  attempt {each.number} {each.outcome or 'running'}: {each.started:%Y-%m-%d %H:%M:%S}{took} "
             f"on {each.worker_id}{batch} {timings}" + (f"\n    {each.error}" if each.error else "")
         )
-
-
-def _say_chain(links: Sequence[Link]) -> None:
-    """The step first, each step indented under what reads it; a step read twice is written out once."""
-    by_id = {link.step.id: link for link in links}
-    told: set[int] = set()
-    todo = [(links[0].step.id, "", 0)]
-    while todo:
-        number, role, depth = todo.pop()
-        link = by_id[number]
-        prompt = link.step.params.get("prompt")
-        quoted = f' "{prompt}"' if prompt else ""
-        again = " (above)" if number in told else ""
-        output.say("  " * depth + (f"{role}: " if role else "") + headline(link.step) + quoted + again)
-        if number in told:
-            continue
-        told.add(number)
-        for source in link.sources:
-            output.say("  " * (depth + 1) + f"{source.role}: {source.uri} sha256 {source.sha256[:12]}")
-        todo.extend((parent, role, depth + 1) for role, parent in reversed(link.parents))

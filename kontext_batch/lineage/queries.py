@@ -170,7 +170,7 @@ def run_steps(conn: sa.Connection, run_id: int, *, states: Iterable[StepState] |
     query = step_rows().where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal)
     if states is not None:
         query = query.where(among(STEPS.state, [state.value for state in states]))
-    return [_step_row(row) for row in conn.execute(query)]
+    return [step_row(row) for row in conn.execute(query)]
 
 
 def steps_by_id(conn: sa.Connection, ids: Iterable[int]) -> list[StepRow]:
@@ -201,7 +201,7 @@ def find_steps(conn: sa.Connection, text: str, *, run_id: int | None = None) -> 
     )
     if run_id is not None:
         rows = conn.execute(query.where(RUN_STEPS.run_id == run_id).order_by(RUN_STEPS.ordinal))
-        return [_step_row(row) for row in rows]
+        return [step_row(row) for row in rows]
     return _newest(conn, query)
 
 
@@ -210,7 +210,7 @@ def _newest(conn: sa.Connection, query: sa.Select[Any]) -> list[StepRow]:
     found: dict[int, StepRow] = {}
     for row in conn.execute(query.order_by(STEPS.id, RUN_STEPS.run_id.desc(), RUN_STEPS.ordinal)):
         if row.id not in found:
-            found[row.id] = _step_row(row)
+            found[row.id] = step_row(row)
     return list(found.values())
 
 
@@ -253,7 +253,7 @@ def picture_of(row: sa.Row[Any]) -> Artifact | None:
     return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
 
 
-def _step_row(row: sa.Row[Any]) -> StepRow:
+def step_row(row: sa.Row[Any]) -> StepRow:
     return StepRow(
         id=row.id,
         key=row.key,

@@ -13,9 +13,11 @@ from kontext_batch.lineage import (
     events,
     export,
     garbage,
+    impact,
     inbox,
     limits,
     moving,
+    naming,
     provenance,
     queries,
     rehash,
@@ -24,6 +26,7 @@ from kontext_batch.lineage import (
     schedules,
     standing,
     submit,
+    tracing,
     workers,
 )
 from kontext_batch.lineage.engine import Transactions, open_database
@@ -67,6 +70,7 @@ from kontext_batch.ports import (
     WorkerInfo,
     WorkerRow,
 )
+from kontext_batch.ports.tracing import MadePage, Place, Subject, TracedStep, Weights
 
 
 class SqlRepository(SqlRetention, SqlArchives):
@@ -389,6 +393,29 @@ class SqlRepository(SqlRetention, SqlArchives):
 
     def stored_steps(self, ids: Iterable[int]) -> Mapping[int, StoredStep]:
         return self._db.read(replay.stored_steps, list(ids))
+
+    # ---- lineage
+
+    def known_by_hash(self, prefix: str) -> Sequence[Subject]:
+        return self._db.read(naming.known_by_hash, prefix)
+
+    def known_by_place(self, uri: str) -> Sequence[Subject]:
+        return self._db.read(naming.known_by_place, uri)
+
+    def weights(self) -> Sequence[Weights]:
+        return self._db.read(naming.weights)
+
+    def above(self, step_ids: Iterable[int]) -> Sequence[tuple[int, int]]:
+        return self._db.read(tracing.above, list(step_ids))
+
+    def traced(self, step_ids: Iterable[int]) -> Sequence[TracedStep]:
+        return self._db.read(tracing.traced, list(step_ids))
+
+    def made_from(self, subject: Subject, *, after: Place | None = None, limit: int = 200) -> MadePage:
+        return self._db.read(impact.made_from, subject, after=after, limit=limit)
+
+    def made_directly(self, subject: Subject) -> int:
+        return self._db.read(impact.made_directly, subject)
 
     # ---- acts of people
 

@@ -47,9 +47,10 @@ from kontext_batch.ports.records import (
 )
 from kontext_batch.ports.replaying import StoredStep
 from kontext_batch.ports.retention import Retention
+from kontext_batch.ports.tracing import Tracing
 
 
-class Repository(Retention, Archives, Protocol):
+class Repository(Tracing, Retention, Archives, Protocol):
     """The database. Every method is one transaction; all times are the database's own.
 
     `by`: the person's act that a change is, written down in the same transaction when something changed; None for what

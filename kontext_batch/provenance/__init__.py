@@ -1,1 +1,1 @@
-"""What files and records say of where pictures come from, in the forms of others."""
+"""What pictures tell of themselves outside of this system: exports, sidecars and marks in files."""

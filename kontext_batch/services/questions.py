@@ -1,15 +1,14 @@
-"""What is asked of a workspace: which run goes on, which steps are meant, where a picture comes from."""
+"""What is asked of a workspace: which run goes on, which steps are meant, why they ran."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.planning.params import SAMPLING
 from kontext_batch.planning.plan import Axes, InstanceId
 from kontext_batch.planning.states import OPEN_RUNS
-from kontext_batch.ports import AttemptRow, Repository, RunSummary, SourceInput, StepRow
+from kontext_batch.ports import Repository, RunSummary, StepRow
 from kontext_batch.services.prepare import Prepared, earlier_takes
 
 HISTORY = 50
@@ -97,33 +96,6 @@ def run_that_wanted(repository: Repository, uri: str) -> int | None:
         return None
     runs = repository.runs(limit=HISTORY)
     return next((run.id for run in runs if repository.find_steps(uri, run_id=run.id)), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One step in the chain above a picture, with all that it read."""
-
-    step: StepRow
-    parents: tuple[tuple[str, int], ...]
-    """(role, step id)."""
-    sources: tuple[SourceInput, ...]
-    attempts: tuple[AttemptRow, ...]
-
-
-def chain(repository: Repository, step: StepRow) -> Sequence[Link]:
-    """The step and everything above it, the step first, each step once."""
-    edges = repository.ancestors(step.id)
-    order = list(dict.fromkeys([step.id, *(child for child, _, _ in edges), *(parent for _, parent, _ in edges)]))
-    rows = {row.id: row for row in repository.steps_by_id(order)} | {step.id: step}
-    return [
-        Link(
-            rows[each],
-            tuple((role, parent) for child, parent, role in edges if child == each),
-            tuple(repository.step_sources(each)),
-            tuple(repository.attempts(each)),
-        )
-        for each in order
-    ]
 
 
 def chosen_keys(

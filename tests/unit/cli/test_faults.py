@@ -62,7 +62,9 @@ def test_what_is_no_number_of_a_run_is_told_in_one_line(done: Path, capsys: pyte
 
 def test_what_is_no_step_is_told_in_one_line(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given in (TOO_LARGE, "9" * 5000, "x" * 100_000, "x", "a\nb"):
-        for command in ("steps show", "steps logs", "explain", "lineage"):
+        assert main.main(["lineage", given]) == 2, given
+        assert capsys.readouterr().err.startswith(f"nothing is known as '{given[:80]}': looked for ")
+        for command in ("steps show", "steps logs", "explain"):
             assert main.main([*command.split(), given]) == 2, (command, given)
             told = capsys.readouterr().err
             assert told == f"no step is known as '{given[:80]}': give its number, key, name or the path of an output\n"
@@ -432,7 +434,11 @@ def test_output_that_cannot_be_written_is_told_in_one_line(done: Path, command: 
 def test_a_file_of_somebody_else_is_not_called_ours(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = done / "out" / "mug_small.png"
     theirs.write_bytes(b"theirs")
-    for command in ("explain", "lineage", "steps show", "steps logs"):
+    assert main.main(["lineage", "photos/mug.png"]) == 2, "of a photo --down has an answer"
+    assert "told by --down" in capsys.readouterr().err
+    assert main.main(["lineage", "out/mug_small.png"]) == 2
+    assert "; run 1 delivered there, or wanted to\n" in capsys.readouterr().err
+    for command in ("explain", "steps show", "steps logs"):
         for name, run in (("out/mug_small.png", "; run 1 delivered there, or wanted to"), ("photos/mug.png", "")):
             assert main.main([*command.split(), name]) == 2
             said = capsys.readouterr()

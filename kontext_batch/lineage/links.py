@@ -1,0 +1,103 @@
+"""From step to step: by an edge of the plan, or by bytes that one step made and a later run read as a photo.
+
+A level of a chain is a query, not a recursive one: of several ways SQLite would take no index. Bytes are looked at once
+for all that the edges lead to, for they mostly lead nowhere.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import sqlalchemy as sa
+
+from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.sql import among
+
+EDGES, SOURCES, OUTPUTS, DELIVERIES = t.edges.c, t.step_sources.c, t.step_outputs.c, t.deliveries.c
+Link = tuple[int, int]
+"""(parent, child)."""
+
+
+def edges_above(conn: sa.Connection, step_ids: Iterable[int]) -> list[Link]:
+    """From the parents of these steps in their plans."""
+    rows = conn.execute(sa.select(EDGES.parent, EDGES.child).where(among(EDGES.child, step_ids)).distinct())
+    return [(row.parent, row.child) for row in rows]
+
+
+def edges_below(conn: sa.Connection, step_ids: Iterable[int]) -> list[Link]:
+    """To those that read these steps in their plans."""
+    rows = conn.execute(sa.select(EDGES.parent, EDGES.child).where(among(EDGES.parent, step_ids)).distinct())
+    return [(row.parent, row.child) for row in rows]
+
+
+def walk_down(conn: sa.Connection, step_ids: Sequence[int]) -> list[Link]:
+    """Every link below these steps."""
+    found: dict[Link, None] = {}
+    seen: set[int] = set()
+    new = set(step_ids)
+    while new:
+        fresh = set(new)
+        while new:
+            seen |= new
+            links = edges_below(conn, sorted(new))
+            found.update(dict.fromkeys(links))
+            new = {child for _, child in links} - seen
+            fresh |= new
+        links = list(_read_elsewhere(conn, sorted(fresh)))
+        found.update(dict.fromkeys(links))
+        new = {child for _, child in links} - seen
+    return list(found)
+
+
+def walk_up(conn: sa.Connection, step_ids: Sequence[int]) -> list[Link]:
+    """Every link above these steps."""
+    found: dict[Link, None] = {}
+    seen: set[int] = set()
+    new = set(step_ids)
+    while new:
+        fresh = set(new)
+        while new:
+            seen |= new
+            links = edges_above(conn, sorted(new))
+            found.update(dict.fromkeys(links))
+            new = {parent for parent, _ in links} - seen
+            fresh |= new
+        links = list(_made_elsewhere(conn, sorted(fresh)))
+        found.update(dict.fromkeys(links))
+        new = {parent for parent, _ in links} - seen
+    return list(found)
+
+
+def makers(conn: sa.Connection, sha256s: Iterable[str]) -> list[tuple[str, int]]:
+    """(content, step that made it) for pictures and delivered files."""
+    wanted = sorted(sha256s)
+    pictures = sa.select(OUTPUTS.sha256, OUTPUTS.step_id).where(among(OUTPUTS.sha256, wanted), OUTPUTS.slot == "image")
+    files = sa.select(DELIVERIES.file_sha256, DELIVERIES.step_id).where(
+        DELIVERIES.file_sha256.is_not(None), among(DELIVERIES.file_sha256, wanted)
+    )
+    return [(row[0], row[1]) for row in conn.execute(sa.union(pictures, files))] if wanted else []
+
+
+def _read_elsewhere(conn: sa.Connection, step_ids: Sequence[int]) -> Iterator[Link]:
+    """To the steps that read what these made, as a photo."""
+    pictures = sa.select(OUTPUTS.sha256, OUTPUTS.step_id).where(
+        among(OUTPUTS.step_id, step_ids), OUTPUTS.slot == "image"
+    )
+    files = sa.select(DELIVERIES.file_sha256, DELIVERIES.step_id).where(
+        DELIVERIES.file_sha256.is_not(None), among(DELIVERIES.step_id, step_ids)
+    )
+    made: dict[str, set[int]] = defaultdict(set)
+    for row in conn.execute(sa.union_all(pictures, files)):
+        made[row[0]].add(row[1])
+    for row in conn.execute(sa.select(SOURCES.sha256, SOURCES.step_id).where(among(SOURCES.sha256, sorted(made)))):
+        yield from ((parent, row.step_id) for parent in sorted(made[row.sha256]))
+
+
+def _made_elsewhere(conn: sa.Connection, step_ids: Sequence[int]) -> Iterator[Link]:
+    """From the steps that made what these read as photos."""
+    read: dict[str, set[int]] = defaultdict(set)
+    for row in conn.execute(sa.select(SOURCES.sha256, SOURCES.step_id).where(among(SOURCES.step_id, step_ids))):
+        read[row.sha256].add(row.step_id)
+    for sha256, parent in makers(conn, read):
+        yield from ((parent, child) for child in sorted(read[sha256]))
