@@ -56,7 +56,7 @@ class Mode:
     def __str__(self) -> str:
         near = self.approximation
         compiled = "+compiled" if self.compiled else ""
-        steps = f"+steps={near.step_tolerance:g}" if near.step_tolerance else ""
+        steps = f"+steps={float(near.step_tolerance)!r}" if near.step_tolerance else ""
         context = f"+context={near.context_every}" if near.keeps_context else ""
         return self.dtype + compiled + steps + context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 
 from PIL import Image
 from torch import Tensor
@@ -85,6 +85,11 @@ def size_of(request: EditRequest, config: ModelConfig) -> tuple[int, int]:
     return request.width or chosen[0], request.height or chosen[1]
 
 
+def _is_text(value: object) -> bool:
+    """Text that can be written down: half of a surrogate pair cannot."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
 def check(request: EditRequest, config: ModelConfig) -> None:
     """Raise `RequestError` for anything that can be told before computing."""
     side = geometry.TOKEN_SIDE
@@ -104,6 +109,13 @@ def check(request: EditRequest, config: ModelConfig) -> None:
             raise RequestError(f"{width}x{height} pixels: sides must be multiples of {side}")
     if request.steps < 1:
         raise RequestError(f"steps is {request.steps}; at least 1 is needed")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(request, name)
+        if not _is_text(text) and not (text is None and name == "negative_prompt"):
+            raise RequestError(f"{name} is {text!r}; text is needed")
+    for name in ("guidance", "true_cfg_scale"):
+        if not isinstance(getattr(request, name), Real):
+            raise RequestError(f"{name} is {getattr(request, name)!r}; a number is needed")
     if not (math.isfinite(request.guidance) and math.isfinite(request.true_cfg_scale)):
         raise RequestError("guidance and true_cfg_scale must be finite")
     if request.reference_layout not in ("offset", "index"):

@@ -46,6 +46,8 @@ class Velocities:
 
     def computed(self, step: int, t: float, velocity: Tensor) -> None:
         """Learn from a computed velocity how far the next may be extrapolated."""
+        if self._computed and self._computed[-1][1] == t:
+            return  # of very many steps of very large pictures some take no time in fp32, and tell nothing
         if len(self._computed) == 2:
             error = ((self.extrapolated(t) - velocity).abs().mean() / velocity.abs().mean()).item()
             gap = step - self._computed[-1][0]

@@ -250,6 +250,8 @@ class EngineEditor:
 
     def _loaded_for(self, params: Mapping[str, Any]) -> KontextEngine:
         """The engine with the lane's model and adapters."""
+        import torch
+
         from engine.errors import EngineError
         from engine.modes import Mode
         from engine.pipeline import KontextEngine
@@ -286,6 +288,11 @@ class EngineEditor:
         except EngineError as error:
             self._loaded = None
             raise StepError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            self._loaded = self._engine = None
+            raise InfrastructureError(
+                f"the device has no memory for model '{params['model']}' now; `kontext-batch doctor` says what it needs"
+            ) from error
         return self._engine
 
     def prepare(self, job: EditJob) -> EditRequest:

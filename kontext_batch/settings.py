@@ -132,7 +132,7 @@ class Settings(BaseSettings):
     """Of the transformer and the text encoders; `auto` is bfloat16 on cuda, else float32. `float8` is bfloat16 with the
     linears of the blocks in fp8: quicker on cards that have it, and not exact."""
     batch_invariant: bool = True
-    """A picture is the same, bit for bit, whatever is sampled beside it; takes 1 to 3 % of the time."""
+    """A picture is the same, bit for bit, whatever is sampled beside it; takes about 1 % of the time."""
     compile: bool = False
     """What runs between linears and attention is compiled by torch.compile, which rounds otherwise in the last bits."""
     cuda_graphs: bool = False

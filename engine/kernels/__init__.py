@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -85,7 +86,7 @@ def kernels_for(device: torch.device, *, compiled: bool = False) -> Kernels:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise `ConfigError` where a device lacks what torch.compile needs."""
+    """Raise `ConfigError` where a device lacks what torch.compile needs; tried by a kernel of one operation."""
     if device.type == "cuda":
         if not _has_triton():
             raise ConfigError("compile: on cuda it needs triton and a C compiler; install them")
@@ -93,6 +94,11 @@ def check_compiler(device: torch.device) -> None:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if which(compiler) is None:
             raise ConfigError(f"compile: on a CPU it needs a C++ compiler; install {compiler}, or name another in CXX")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of torch about itself
+            torch.compile(torch.neg, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as error:  # a compiler without its headers, a cache that cannot be written: there are many ways
+        raise ConfigError(f"compile: no kernel can be built here ({' '.join(str(error).split())[:200]})") from error
 
 
 def _has_triton() -> bool:

@@ -44,7 +44,6 @@ class Compiled:
     """See `engine.kernels.Kernels`."""
 
     def __init__(self) -> None:
-        torch._dynamo.config.recompile_limit = VARIANTS
         self._modulated, self._add_gated = _compiled(_modulated), _compiled(_add_gated)
         self._norm_rotate = _compiled(_norm_rotate)
 
@@ -71,6 +70,7 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
         for tensor in tensors:
             if tensor is not None:
                 torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
-        return made(*tensors)
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):  # a thread has settings of its own
+            return made(*tensors)
 
     return call

@@ -347,7 +347,9 @@ def _memory(settings: Settings) -> Iterator[Check]:
             continue
         needed = f"{_size(plan.weights)} of weights and {_size(plan.row)} for each picture, of {_size(plan.memory)}"
         if not plan.rows:
-            advice = "take a device with more memory, or dtype bfloat16; it may fail for lack of memory here"
+            advice = (
+                "take a device with more memory, or dtype bfloat16 or, where the card has it, float8; here it may fail"
+            )
             yield Check(f"memory of {name}", True, f"{needed}: it does not fit", advice, warned=True)
             continue
         rows = f"{plan.rows} of batch_rows {settings.batch_rows} fit"

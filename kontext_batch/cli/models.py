@@ -24,7 +24,7 @@ adapters = typer.Typer(
 )
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="As recipes name it.", show_default=False)]
 PathArgument = Annotated[Path, typer.Argument(metavar="PATH", show_default=False)]
-LicenceOption = Annotated[str, typer.Option("--licence", help="Name of its licence, for the records.")]
+LicenceOption = Annotated[str | None, typer.Option("--licence", help="Name of its licence, for the records.")]
 
 
 @app.command("list")
@@ -59,13 +59,18 @@ def list_models(as_json: common.JsonOption = False) -> None:
 def add(
     name: NameArgument,
     path: PathArgument,
-    licence: LicenceOption = "",
+    licence: LicenceOption = None,
     requires_filter: Annotated[
-        bool, typer.Option("--requires-filter", help="Its licence asks for a content filter before delivery.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--requires-filter/--no-filter", help="Its licence asks for a content filter before delivery, or does not."
+        ),
+    ] = None,
     load: Annotated[bool, typer.Option(help="Load it whole to see that nothing is missing; needs its memory.")] = True,
 ) -> None:
     """Check and hash the model folder at PATH (diffusers or BFL layout) and register it as NAME.
+
+    What is not said of its licence stays as it was under that name.
 
     Example: kontext-batch models add kontext-dev /models/FLUX.1-Kontext-dev --licence "FLUX.1 dev" --requires-filter
     """
@@ -73,7 +78,11 @@ def add(
     from kontext_batch.bootstrap import model_entry
 
     settings, registry = _registry()
-    entry = model_entry(path.absolute(), licence=licence, requires_filter=requires_filter)
+    before = registry.models.get(name)
+    if before is not None:
+        licence = before.licence if licence is None else licence
+        requires_filter = before.requires_filter if requires_filter is None else requires_filter
+    entry = model_entry(path.absolute(), licence=licence or "", requires_filter=bool(requires_filter))
     complete = registry.with_model(name, entry)
     if load:
         editor.check_model(entry.path)
@@ -220,8 +229,10 @@ def list_adapters(as_json: common.JsonOption = False) -> None:
 
 
 @adapters.command("add")
-def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption = "") -> None:
+def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption = None) -> None:
     """Check and hash the LoRA file at PATH (safetensors) and register it as NAME.
+
+    A licence that is not given stays as it was under that name.
 
     Example: kontext-batch adapters add brand-look looks/brand.safetensors
     """
@@ -233,6 +244,9 @@ def add_adapter(name: NameArgument, path: PathArgument, licence: LicenceOption =
     settings, registry = _registry()
     file = path.absolute()
     sha256 = editor.hash_adapter(file)
+    if licence is None:
+        before = registry.adapters.get(name)
+        licence = "" if before is None else before.licence
     entry = AdapterEntry(path=file, sha256=sha256, signature=signature(file), licence=licence)
     by = act(settings, "adapters add", sha256=sha256)
     registry.with_adapter(name, entry).write(settings.models_file)

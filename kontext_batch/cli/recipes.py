@@ -54,7 +54,7 @@ def validate(
 ) -> None:
     """Check recipes and what they import; tables and pictures are looked at by `plan`.
 
-    Example: kontext-batch recipes validate recipes/*.yaml
+    Example: kontext-batch recipes validate recipes/*/demo.yaml
     """
     problems: list[Problem] = []
     for file in files:

@@ -204,7 +204,8 @@ def start(
     """Work on everything that is ready until stopped; without --device or --operations on steps of every kind.
 
     With broker_url in the settings it is a Celery worker that waits to be rung, else it looks for work all the time.
-    SIGTERM or Ctrl-C: the batch in flight is finished within grace_seconds. A second one: it is given back at once.
+    SIGTERM or Ctrl-C: what is sampled is finished within grace_seconds. A second one: it is given back at the next
+    denoise step.
 
     Example: kontext-batch workers start --device cuda:0
     """

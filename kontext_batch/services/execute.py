@@ -205,7 +205,7 @@ class Executor:
 
     def give_back(self, steps: Sequence[LeasedStep]) -> None:
         """Unused, and no attempt counted."""
-        self.repository.release(sorted((step.id, step.token) for step in steps))
+        self._patiently(lambda: self.repository.release(sorted((step.id, step.token) for step in steps)))
         metrics.STEPS.labels(steps[0].lane, "released").inc(len(steps))
         with self.about(steps):
             log.info("steps given back")
@@ -228,7 +228,9 @@ class Executor:
                 raise  # this does not pass by itself
             except InfrastructureError as error:
                 delay = retry_delay(attempt) or 0.0
-                log.warning("result held back until it can be kept", retry_in=round(delay, 1), error=str(error))
+                log.warning(
+                    "held back until the database or the store answers", retry_in=round(delay, 1), error=str(error)
+                )
                 self.pause(delay)
         return work()
 

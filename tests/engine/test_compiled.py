@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from engine.errors import ConfigError
-from engine.kernels import kernels_for
+from engine.kernels import Rows, kernels_for
 from engine.kernels.compiled import Compiled
 from engine.pipeline import KontextEngine
 from tests.engine.test_batching import mixed
@@ -69,6 +70,41 @@ def test_batch_invariant_results_stay_so(folder: Path, compiling: None, dtype: t
     for order in ((9, 3, 0, 7), tuple(range(len(mixed())))):
         for index, found in zip(order, latents(engine, *order), strict=True):
             assert torch.equal(found, alone[index])
+
+
+@pytest.mark.slow
+def test_threads_compile_as_many_variants_as_it_takes(compiling: None) -> None:
+    """Settings of the compiler are each thread's own; a worker loads in one thread and samples in another."""
+    kernels = Compiled()
+    torch._dynamo.reset()
+
+    def widths() -> list[tuple[int, ...]]:
+        cpu, rows = torch.device("cpu"), 3
+        made: list[tuple[int, ...]] = []
+        with torch.no_grad():
+            for width in range(16, 16 * 11, 16):
+                scale = torch.ones(1, width)
+                x = torch.randn(rows, width)
+                made.append(tuple(kernels.modulated(x, Rows.counted([rows], cpu), scale, scale).shape))
+        return made
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(widths).result() == [(3, width) for width in range(16, 176, 16)]
+
+
+def test_with_a_compiler_that_does_not_work_nothing_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    kernels_for.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setenv("CXX", str(broken))
+    settings = {"force_disable_caches": True, "cpp.cxx": (None, str(broken)), "compile_threads": 1}
+    with torch._inductor.config.patch(settings), pytest.raises(ConfigError, match="no kernel can be built here"):
+        load(folder)
+    torch._dynamo.reset()
 
 
 def test_without_a_compiler_nothing_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.batching import Batch, Row
 from engine.errors import ConfigError
+from engine.modes import Mode
 from engine.packed import Condition, Place, velocities
 from engine.pipeline import Approximation, EditRequest, KontextEngine
 from engine.reuse import MOST_LEFT_OUT, ContextMemory, Velocities
@@ -188,3 +189,21 @@ def test_approximations_that_mean_nothing_are_refused() -> None:
     assert Approximation().exact
     assert not Approximation(step_tolerance=0.1).exact
     assert not Approximation(context_every=2).exact
+
+
+def test_times_that_are_equal_in_fp32_tell_nothing() -> None:
+    """A picture of 4096x4096 has such in a schedule of 500 steps."""
+    times = schedule(500, 256 * 256)
+    equal = next(step for step in range(499) if times[step] == times[step + 1])
+    velocities = Velocities(0.05, 499)
+    for step in range(equal, equal + 8):
+        if velocities.due(step):
+            velocities.computed(step, times[step], torch.full((2, 2), 1.0 + step))
+    assert torch.isfinite(velocities.extrapolated(times[equal + 8])).all()
+
+
+def test_a_mode_is_written_as_it_is_read() -> None:
+    for tolerance in (0.05, 1e-5, 0.9999999, 1 / 3):
+        mode = Mode("float32", Approximation(step_tolerance=tolerance, context_every=3))
+        assert Mode.parse(str(mode)) == mode
+    assert str(Mode("bfloat16", Approximation(step_tolerance=0.05))) == "bfloat16+steps=0.05"

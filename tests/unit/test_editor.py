@@ -25,7 +25,7 @@ from kontext_batch.editor import (
     numeric_mode,
     read_model,
 )
-from kontext_batch.errors import OutOfMemory, SettingsError, StepError
+from kontext_batch.errors import InfrastructureError, OutOfMemory, SettingsError, StepError
 from kontext_batch.operations.pictures import open_picture
 from kontext_batch.planning.marking import Ancestry, xmp_packet
 from kontext_batch.ports import EditJob, LoadedPicture, MadePicture
@@ -255,6 +255,24 @@ def test_a_device_without_room_is_no_fault_of_a_job(
     monkeypatch.setattr(f"engine.session.Session.{call}", full)
     with pytest.raises(OutOfMemory, match="with 1 images"):
         edit(editor, [job()])
+
+
+def test_a_device_without_room_for_a_model_is_nobodys_fault(
+    editor: EngineEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again: what held the memory may be on its way out."""
+
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.pipeline.load_transformer", full)
+        fresh = replace(editor, _engine=None, _loaded=None)
+        with pytest.raises(InfrastructureError, match="no memory for model") as caught, fresh.session(job().params):
+            pass
+    assert not isinstance(caught.value, OutOfMemory)
+    with fresh.session(job().params) as session:
+        assert session.free == 4
 
 
 def test_a_request_that_the_engine_refuses_is_the_jobs_own_fault(editor: EngineEditor) -> None:

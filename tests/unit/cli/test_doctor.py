@@ -23,6 +23,8 @@ from kontext_batch import editor
 from kontext_batch.bootstrap import adapters
 from kontext_batch.bootstrap.adapters import CommandFilter
 from kontext_batch.cli import checks, main
+from kontext_batch.registry import Registry
+from kontext_batch.settings import load_settings
 from kontext_batch.storage import s3
 
 CASE = Path(__file__).parents[2] / "data" / "reference" / "case-1" / "model"
@@ -188,6 +190,19 @@ def test_what_a_model_needs_of_the_memory_is_told(
     assert (code, line["ok"], line["warned"]) == (0, True, warned)
     assert found in line["found"]
     assert line["advice"].startswith(advice)
+
+
+def test_what_is_known_of_a_licence_outlasts_a_model_that_is_registered_anew(place: Path) -> None:
+    def entry() -> tuple[str, bool]:
+        found = Registry.read(load_settings().models_file).models["mine"]
+        return found.licence, found.requires_filter
+
+    add = ["models", "add", "mine", str(CASE), "--no-load"]
+    assert main.main([*add, "--licence", "strict", "--requires-filter"]) == 0
+    assert main.main(add) == 0
+    assert entry() == ("strict", True)
+    assert main.main([*add, "--licence", "free", "--no-filter"]) == 0
+    assert entry() == ("free", False)
 
 
 def test_memory_is_that_of_this_machine(
