@@ -484,7 +484,10 @@ def test_what_was_just_collected_is_no_orphan_of_the_next_collection(
     done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["gc", "--keep-bytes", "0", "--yes"]) == 0
-    assert re.fullmatch(r"4 artifacts of \d+ bytes and 0 orphaned uploads removed\n", capsys.readouterr().out)
+    told = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"above the size limit: 4 artifacts of \d+ bytes", told[0])
+    assert re.fullmatch(r"4 artifacts of \d+ bytes and 0 orphaned uploads removed", told[1])
+    assert len(told) == 2
     assert main.main(["gc", "--keep-bytes", "0"]) == 0
     assert capsys.readouterr().out == "0 artifacts of 0 bytes and 0 orphaned uploads removed\n"
 

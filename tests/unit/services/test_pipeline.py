@@ -589,7 +589,8 @@ def test_a_drain_finishes_what_is_sampled_and_begins_nothing_more(bench: Bench) 
     sampled: set[str] = set()
 
     def step(names: frozenset[str]) -> None:
-        if len(bench.editor.seen) > 1 and not bench.worker.ending:  # how long a step takes is known: more are fetched
+        # How long a step takes is known, and no slot is free: as many more are fetched.
+        if len(bench.editor.seen) > 1 and len(names) == ROWS and not bench.worker.ending:
             wait_for(lambda: len(bench.worker.leases) >= 2 * ROWS)
             bench.worker.draining.set()
             sampled.update(names)
@@ -633,7 +634,8 @@ def test_an_outage_while_something_is_given_back_spoils_nothing_that_is_sampled(
         release(pairs)
 
     def step(names: frozenset[str]) -> None:
-        if len(bench.editor.seen) == 1:  # how long a step takes is not known: nothing more is fetched
+        # Until it is known how long a step takes, and while a slot is free, less is fetched.
+        if not bench.worker.orders.unwanted and (len(bench.editor.seen) == 1 or len(names) < ROWS):
             return
         wait_for(lambda: len(bench.worker.leases) >= 2 * ROWS or bool(bench.worker.orders.unwanted))
         waiting = [step for step in bench.worker.leases.held() if step.params["name"] not in names]
