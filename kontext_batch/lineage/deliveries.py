@@ -9,11 +9,20 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.graph import open_run
+from kontext_batch.lineage.rows import ARTIFACT_ROW, artifact_of
 from kontext_batch.lineage.sql import among, now, now_plus, rows_of, stored_text
 from kontext_batch.lineage.takedown import note_late
-from kontext_batch.ports import Artifact, PendingDelivery, SettledDelivery
+from kontext_batch.ports import PendingDelivery, SettledDelivery
 
 DELIVERIES = t.deliveries.c
+DELIVERY: tuple[sa.Column[Any], ...] = (
+    DELIVERIES.id,
+    DELIVERIES.run_id,
+    DELIVERIES.path,
+    DELIVERIES.if_exists,
+    t.runs.c.source,
+    *ARTIFACT_ROW,
+)
 PENDING = DELIVERIES.state == sa.literal_column("'pending'")
 """Written out: a parameter would keep the partial index from use."""
 LATER_SECONDS = 20.0
@@ -44,7 +53,7 @@ def claim_deliveries(
 
 def _pending(run_id: int | None, limit: int) -> sa.Select[Any]:
     query = (
-        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, t.runs.c.source, *_columns())
+        sa.select(*DELIVERY)
         .join(t.runs, t.runs.c.id == DELIVERIES.run_id)
         .join(t.step_outputs, t.step_outputs.c.step_id == DELIVERIES.step_id)
         .join(t.artifacts, t.artifacts.c.sha256 == t.step_outputs.c.sha256)
@@ -147,7 +156,7 @@ def made_files(conn: sa.Connection, run_id: int) -> list[str]:
 def newer_delivery(conn: sa.Connection, run_id: int, path: str) -> PendingDelivery | None:
     """By way of the newer runs, of which there are few, and the index over run and path."""
     query = (
-        sa.select(DELIVERIES.id, DELIVERIES.run_id, DELIVERIES.path, DELIVERIES.if_exists, t.runs.c.source, *_columns())
+        sa.select(*DELIVERY)
         .select_from(t.runs)
         .join(t.deliveries, (DELIVERIES.run_id == t.runs.c.id) & (DELIVERIES.path == path))
         .join(t.artifacts, t.artifacts.c.sha256 == DELIVERIES.sha256)
@@ -171,17 +180,4 @@ def not_arrived(conn: sa.Connection, run_id: int, state: str) -> list[tuple[str,
 
 
 def _delivery(row: sa.Row[Any]) -> PendingDelivery:
-    artifact = Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
-    return PendingDelivery(row.id, row.run_id, row.path, row.if_exists, artifact, row.source)
-
-
-def _columns() -> list[sa.Column[object]]:
-    artifacts = t.artifacts.c
-    return [
-        artifacts.sha256,
-        artifacts.uri,
-        artifacts.media_type,
-        artifacts.bytes,
-        artifacts.width,
-        artifacts.height,
-    ]
+    return PendingDelivery(row.id, row.run_id, row.path, row.if_exists, artifact_of(row), row.source)

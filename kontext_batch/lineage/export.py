@@ -9,10 +9,10 @@ import sqlalchemy as sa
 
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.lineage import tables as t
-from kontext_batch.lineage.queries import attempt_row, picture_of, step_rows
-from kontext_batch.lineage.sql import among
+from kontext_batch.lineage.queries import attempts_of, step_rows
+from kontext_batch.lineage.rows import picture_of
 from kontext_batch.planning.states import StepState
-from kontext_batch.ports import AttemptRow, BatchMemberRow, BatchRow, ExportedDelivery, ExportedInstance
+from kontext_batch.ports import BatchMemberRow, BatchRow, ExportedDelivery, ExportedInstance
 
 PAGE = 1000
 """Instances that are read at once."""
@@ -36,7 +36,7 @@ def page(conn: sa.Connection, run_id: int, after: int) -> list[ExportedInstance]
         .where(RUN_STEPS.run_id == run_id, RUN_STEPS.ordinal.between(after + 1, after + PAGE))
         .order_by(RUN_STEPS.ordinal)
     ).all()
-    attempts = _attempts(conn, sorted({row.id for row in rows}))
+    attempts = attempts_of(conn, sorted({row.id for row in rows}))
     deliveries = _deliveries(conn, run_id, [row.ordinal for row in rows])
     return [
         ExportedInstance(
@@ -58,14 +58,6 @@ def page(conn: sa.Connection, run_id: int, after: int) -> list[ExportedInstance]
         )
         for row in rows
     ]
-
-
-def _attempts(conn: sa.Connection, step_ids: Sequence[int]) -> dict[int, list[AttemptRow]]:
-    found: dict[int, list[AttemptRow]] = defaultdict(list)
-    query = sa.select(t.attempts).where(among(ATTEMPTS.step_id, step_ids))
-    for row in conn.execute(query.order_by(ATTEMPTS.step_id, ATTEMPTS.token)):
-        found[row.step_id].append(attempt_row(row))
-    return found
 
 
 def _deliveries(conn: sa.Connection, run_id: int, ordinals: Sequence[int]) -> dict[int, list[ExportedDelivery]]:

@@ -9,7 +9,6 @@ the database names it as garbage still; the next collection deletes it once more
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,6 +16,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import open_run
 from kontext_batch.lineage.holds import held, is_held
+from kontext_batch.lineage.rows import artifact_of
 from kontext_batch.lineage.sql import among, exists, in_state, now, now_plus
 from kontext_batch.planning.states import LIVE
 from kontext_batch.ports import Artifact
@@ -36,7 +36,7 @@ def expired(conn: sa.Connection, *, days: float, limit: int | None = None) -> li
         .order_by(ARTIFACTS.created, ARTIFACTS.sha256)
         .limit(limit)
     )
-    return [_artifact(row) for row in conn.execute(query)]
+    return [artifact_of(row) for row in conn.execute(query)]
 
 
 def collectable(conn: sa.Connection, *, keep_bytes: int, expired_days: float | None = None) -> list[Artifact]:
@@ -69,13 +69,9 @@ def collectable(conn: sa.Connection, *, keep_bytes: int, expired_days: float | N
     for row in rows:
         if total <= keep_bytes:
             break
-        chosen.append(_artifact(row))
+        chosen.append(artifact_of(row))
         total -= row.bytes
     return chosen
-
-
-def _artifact(row: sa.Row[Any]) -> Artifact:
-    return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
 
 
 def forget_artifact(

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.links import Link, edges_above, walk_down, walk_up
-from kontext_batch.lineage.queries import picture_of
+from kontext_batch.lineage.rows import ARTIFACT_ROW, picture_of, with_picture
 from kontext_batch.lineage.sql import among, by_indices
 from kontext_batch.lineage.tracing import deliveries, in_newest_run
 from kontext_batch.planning.states import StepState
@@ -165,8 +165,7 @@ def _made_by_recipe(conn: sa.Connection, subject: Subject, after: Place | None, 
 
 def _rows() -> sa.Select[Any]:
     """Instances with what is told of them: without parameters, which are the most of a step's bytes."""
-    outputs, artifacts = t.step_outputs.c, t.artifacts.c
-    return (
+    return with_picture(
         sa.select(
             STEPS.id,
             RUN_STEPS.node,
@@ -176,17 +175,10 @@ def _rows() -> sa.Select[Any]:
             RUN_STEPS.ordinal,
             STEPS.operation,
             STEPS.state,
-            artifacts.sha256,
-            artifacts.uri,
-            artifacts.media_type,
-            artifacts.bytes,
-            artifacts.width,
-            artifacts.height,
+            *ARTIFACT_ROW,
         )
         .select_from(t.run_steps)
         .join(t.steps, STEPS.id == RUN_STEPS.step_id)
-        .outerjoin(t.step_outputs, sa.and_(outputs.step_id == STEPS.id, outputs.slot == "image"))
-        .outerjoin(t.artifacts, artifacts.sha256 == outputs.sha256)
     )
 
 

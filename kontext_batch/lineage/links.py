@@ -7,7 +7,7 @@ for all that the edges lead to, for they mostly lead nowhere.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import sqlalchemy as sa
 
@@ -33,25 +33,23 @@ def edges_below(conn: sa.Connection, step_ids: Iterable[int]) -> list[Link]:
 
 def walk_down(conn: sa.Connection, step_ids: Sequence[int]) -> list[Link]:
     """Every link below these steps."""
-    found: dict[Link, None] = {}
-    seen: set[int] = set()
-    new = set(step_ids)
-    while new:
-        fresh = set(new)
-        while new:
-            seen |= new
-            links = edges_below(conn, sorted(new))
-            found.update(dict.fromkeys(links))
-            new = {child for _, child in links} - seen
-            fresh |= new
-        links = list(_read_elsewhere(conn, sorted(fresh)))
-        found.update(dict.fromkeys(links))
-        new = {child for _, child in links} - seen
-    return list(found)
+    return _walk(conn, step_ids, edges_below, _read_elsewhere, end=1)
 
 
 def walk_up(conn: sa.Connection, step_ids: Sequence[int]) -> list[Link]:
     """Every link above these steps."""
+    return _walk(conn, step_ids, edges_above, _made_elsewhere, end=0)
+
+
+def _walk(
+    conn: sa.Connection,
+    step_ids: Sequence[int],
+    edges: Callable[[sa.Connection, Sequence[int]], Iterable[Link]],
+    by_bytes: Callable[[sa.Connection, Sequence[int]], Iterable[Link]],
+    *,
+    end: int,
+) -> list[Link]:
+    """`end`: of a link, the step that is further on."""
     found: dict[Link, None] = {}
     seen: set[int] = set()
     new = set(step_ids)
@@ -59,13 +57,13 @@ def walk_up(conn: sa.Connection, step_ids: Sequence[int]) -> list[Link]:
         fresh = set(new)
         while new:
             seen |= new
-            links = edges_above(conn, sorted(new))
+            links = list(edges(conn, sorted(new)))
             found.update(dict.fromkeys(links))
-            new = {parent for parent, _ in links} - seen
+            new = {link[end] for link in links} - seen
             fresh |= new
-        links = list(_made_elsewhere(conn, sorted(fresh)))
+        links = list(by_bytes(conn, sorted(fresh)))
         found.update(dict.fromkeys(links))
-        new = {parent for parent, _ in links} - seen
+        new = {link[end] for link in links} - seen
     return list(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,12 @@ import sqlalchemy as sa
 
 from kontext_batch.hashing import ALGORITHM
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.rows import ARTIFACT_ROW, picture_of, with_picture
 from kontext_batch.lineage.sql import among, dialect_insert, now
 from kontext_batch.lineage.submit import known_steps
 from kontext_batch.planning.plan import InstanceId
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import (
-    Artifact,
     AttemptRow,
     InputRecord,
     ModelRow,
@@ -215,9 +216,8 @@ def _newest(conn: sa.Connection, query: sa.Select[Any]) -> list[StepRow]:
 
 
 def step_rows() -> sa.Select[Any]:
-    """Instances with their steps and pictures; a picture that was collected is still told."""
-    outputs, artifacts = t.step_outputs.c, t.artifacts.c
-    return (
+    """Instances with their steps and pictures."""
+    return with_picture(
         sa.select(
             STEPS.id,
             STEPS.key,
@@ -231,26 +231,12 @@ def step_rows() -> sa.Select[Any]:
             STEPS.losses,
             STEPS.error,
             t.step_params.c.params,
-            artifacts.sha256,
-            artifacts.uri,
-            artifacts.media_type,
-            artifacts.bytes,
-            artifacts.width,
-            artifacts.height,
+            *ARTIFACT_ROW,
         )
         .select_from(t.run_steps)
         .join(t.steps, STEPS.id == RUN_STEPS.step_id)
         .join(t.step_params, t.step_params.c.step_id == STEPS.id)
-        .outerjoin(t.step_outputs, sa.and_(outputs.step_id == STEPS.id, outputs.slot == "image"))
-        .outerjoin(t.artifacts, artifacts.sha256 == outputs.sha256)
     )
-
-
-def picture_of(row: sa.Row[Any]) -> Artifact | None:
-    """The picture in a row of `step_rows`."""
-    if row.sha256 is None:
-        return None
-    return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
 
 
 def step_row(row: sa.Row[Any]) -> StepRow:
@@ -275,6 +261,15 @@ def attempts(conn: sa.Connection, step_id: int) -> list[AttemptRow]:
     columns = t.attempts.c
     rows = conn.execute(sa.select(t.attempts).where(columns.step_id == step_id).order_by(columns.token))
     return [attempt_row(row) for row in rows]
+
+
+def attempts_of(conn: sa.Connection, step_ids: Iterable[int]) -> dict[int, list[AttemptRow]]:
+    """The same of many steps."""
+    found: dict[int, list[AttemptRow]] = defaultdict(list)
+    query = sa.select(t.attempts).where(among(t.attempts.c.step_id, step_ids))
+    for row in conn.execute(query.order_by(t.attempts.c.step_id, t.attempts.c.token)):
+        found[row.step_id].append(attempt_row(row))
+    return found
 
 
 def attempt_row(row: sa.Row[Any]) -> AttemptRow:

@@ -8,6 +8,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.rows import artifact_of
 from kontext_batch.lineage.sql import now, rows_of, stored_text
 from kontext_batch.ports import Artifact, DamagedArtifact
 
@@ -26,7 +27,7 @@ def unread(conn: sa.Connection, *, since: datetime, after: str, limit: int) -> l
     rows = conn.execute(
         sa.select(t.artifacts).where(*_unread(since), ARTIFACTS.sha256 > after).order_by(ARTIFACTS.sha256).limit(limit)
     )
-    return [_artifact(row) for row in rows]
+    return [artifact_of(row) for row in rows]
 
 
 def unread_size(conn: sa.Connection, *, since: datetime) -> tuple[int, int]:
@@ -62,7 +63,7 @@ def damaged(conn: sa.Connection) -> list[DamagedArtifact]:
     mine = OUTPUTS.sha256 == sa.bindparam("sha256")
     steps = sa.select(OUTPUTS.step_id).where(mine).order_by(OUTPUTS.step_id).limit(10)
     return [
-        DamagedArtifact(_artifact(row), row.problem, row.verified, tuple(conn.scalars(steps, {"sha256": row.sha256})))
+        DamagedArtifact(artifact_of(row), row.problem, row.verified, tuple(conn.scalars(steps, {"sha256": row.sha256})))
         for row in rows
     ]
 
@@ -70,7 +71,3 @@ def damaged(conn: sa.Connection) -> list[DamagedArtifact]:
 def is_kept(conn: sa.Connection, sha256: str) -> bool:
     kept = sa.select(ARTIFACTS.sha256).where(ARTIFACTS.sha256 == sha256, ARTIFACTS.collected_at.is_(None))
     return conn.scalar(kept) is not None
-
-
-def _artifact(row: sa.Row[tuple[object, ...]]) -> Artifact:
-    return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)

@@ -19,12 +19,13 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.garbage import Delete, delete_unless_announced
 from kontext_batch.lineage.graph import end_attempts
-from kontext_batch.lineage.holds import holds_on_steps
+from kontext_batch.lineage.holds import holds, holds_on_steps
+from kontext_batch.lineage.rows import ARTIFACT_ROW, artifact_of
 from kontext_batch.lineage.sql import among, dialect_insert, exists, in_state, insert_rows, now, stored_text
 from kontext_batch.planning.limits import forgotten_inputs, sources
 from kontext_batch.planning.plan import Plan
 from kontext_batch.planning.states import LIVE, StepState
-from kontext_batch.ports import Artifact, DescendedDelivery, Descent, Hold, SettledDelivery, Tombstone
+from kontext_batch.ports import DescendedDelivery, Descent, Hold, SettledDelivery, Tombstone
 
 STEPS, EDGES, SOURCES, OUTPUTS = t.steps.c, t.edges.c, t.step_sources.c, t.step_outputs.c
 ARTIFACTS, UPLOADS, DELIVERIES, STONES = t.artifacts.c, t.uploads.c, t.deliveries.c, t.tombstones.c
@@ -83,8 +84,8 @@ def _descent(conn: sa.Connection, photo: str, found: _Found) -> Descent:
         live=int(conn.scalar(sa.select(sa.func.count()).select_from(t.steps).where(*live)) or 0),
         runs=tuple(row.id for row in listed),
         recipes=tuple(sorted({row.source for row in listed})),
-        artifacts=tuple(_artifact(row) for row in kept if row.sha256 not in found.shared),
-        shared=tuple(_artifact(row) for row in kept if row.sha256 in found.shared),
+        artifacts=tuple(artifact_of(row) for row in kept if row.sha256 not in found.shared),
+        shared=tuple(artifact_of(row) for row in kept if row.sha256 in found.shared),
         deliveries=tuple(
             DescendedDelivery(row.run_id, row.path, row.state, row.delivered_path, row.withdrawn)
             for row in found.deliveries
@@ -103,15 +104,8 @@ def _uris(conn: sa.Connection, photo: str) -> list[str]:
 def _holds(conn: sa.Connection, photo: str, found: _Found) -> list[Hold]:
     """Of the photo itself, and of any picture that would be deleted."""
     named = holds_on_steps(conn, found.steps, [row.sha256 for row in found.artifacts])
-    of_photo = sa.select(t.holds).where(t.holds.c.subject == f"photo:{photo}", t.holds.c.released.is_(None))
-    for row in conn.execute(of_photo):
-        if all(each.id != row.id for each in named):
-            named.append(Hold(row.id, row.subject, row.reason, row.who, row.placed, row.released))
-    return named
-
-
-def _artifact(row: sa.Row[Any]) -> Artifact:
-    return Artifact(row.sha256, row.uri, row.media_type, row.bytes, row.width, row.height)
+    of_photo = [each for each in holds(conn) if each.subject == f"photo:{photo}"]
+    return [*named, *(each for each in of_photo if each not in named)]
 
 
 def _found(conn: sa.Connection, photo: str) -> _Found:
@@ -139,21 +133,16 @@ def _any_reader(conn: sa.Connection, pictures: Collection[str]) -> bool:
 
 def _artifacts(conn: sa.Connection, step_ids: Sequence[int]) -> list[sa.Row[Any]]:
     """Those that the steps have made, or had made before they were asked for anew."""
-    columns = (
-        ARTIFACTS.sha256,
-        ARTIFACTS.uri,
-        ARTIFACTS.media_type,
-        ARTIFACTS.bytes,
-        ARTIFACTS.width,
-        ARTIFACTS.height,
-        ARTIFACTS.collected_at,
-    )
     now_made = sa.select(OUTPUTS.sha256).where(among(OUTPUTS.step_id, step_ids))
     before = sa.select(ARTIFACTS.sha256).join(t.uploads, UPLOADS.uri == ARTIFACTS.uri)
     before = before.where(among(UPLOADS.step_id, step_ids), UPLOADS.state.in_(("committed", "deleted")))
     delivered = sa.select(DELIVERIES.sha256).where(among(DELIVERIES.step_id, step_ids), DELIVERIES.sha256.is_not(None))
     made = sa.union(now_made, before, delivered).subquery("made")
-    query = sa.select(*columns).join(made, made.c.sha256 == ARTIFACTS.sha256).order_by(ARTIFACTS.sha256)
+    query = (
+        sa.select(*ARTIFACT_ROW, ARTIFACTS.collected_at)
+        .join(made, made.c.sha256 == ARTIFACTS.sha256)
+        .order_by(ARTIFACTS.sha256)
+    )
     return list(conn.execute(query))
 
 

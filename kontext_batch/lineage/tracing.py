@@ -10,14 +10,13 @@ import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.links import makers, walk_up
-from kontext_batch.lineage.queries import attempt_row, step_row, step_rows
+from kontext_batch.lineage.queries import attempts_of, step_row, step_rows
 from kontext_batch.lineage.sql import among, by_indices
-from kontext_batch.ports import AttemptRow
 from kontext_batch.ports.tracing import BatchMate, Origin, StepBatch, StepDelivery, StepRead, TracedStep
 
 RUNS, RUN_STEPS, STEPS, EDGES = t.runs.c, t.run_steps.c, t.steps.c, t.edges.c
 SOURCES, OUTPUTS, ARTIFACTS = t.step_sources.c, t.step_outputs.c, t.artifacts.c
-BATCHES, MEMBERS, ATTEMPTS, DELIVERIES = t.batches.c, t.batch_members.c, t.attempts.c, t.deliveries.c
+BATCHES, MEMBERS, DELIVERIES = t.batches.c, t.batch_members.c, t.deliveries.c
 
 
 def above(conn: sa.Connection, step_ids: Iterable[int]) -> list[tuple[int, int]]:
@@ -28,7 +27,7 @@ def above(conn: sa.Connection, step_ids: Iterable[int]) -> list[tuple[int, int]]
 def traced(conn: sa.Connection, step_ids: Iterable[int]) -> list[TracedStep]:
     by_indices(conn)
     ids = sorted(set(step_ids))
-    reads, batches, attempts = _reads(conn, ids), _batches(conn, ids), _attempts(conn, ids)
+    reads, batches, attempts = _reads(conn, ids), _batches(conn, ids), attempts_of(conn, ids)
     delivered = deliveries(conn, ids)
     return [
         TracedStep(
@@ -160,14 +159,6 @@ def _mates(conn: sa.Connection, ids: Sequence[int]) -> dict[tuple[int, int], lis
     found: dict[tuple[int, int], list[BatchMate]] = defaultdict(list)
     for row in rows:
         found[row.of, row.batch_id].append(BatchMate(row.step_id, row.key, row.joined, row.left, row.place))
-    return found
-
-
-def _attempts(conn: sa.Connection, ids: Sequence[int]) -> dict[int, list[AttemptRow]]:
-    found: dict[int, list[AttemptRow]] = defaultdict(list)
-    query = sa.select(t.attempts).where(among(ATTEMPTS.step_id, ids)).order_by(ATTEMPTS.step_id, ATTEMPTS.token)
-    for row in conn.execute(query):
-        found[row.step_id].append(attempt_row(row))
     return found
 
 
