@@ -11,7 +11,6 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,7 +40,7 @@ from kontext_batch.ports import (
 )
 from kontext_batch.services.execute import Executor
 from kontext_batch.services.work import Worker
-from tests.stepping import SteppingEditor
+from tests.stepping import StandIn
 
 ROOT = "s3://studio-assets/kontext/objects"
 LANE = "edit/" + "a" * 64 + "/bfloat16-cuda"
@@ -163,14 +162,8 @@ def _made(params: Mapping[str, Any], slot: str) -> bytes:
 
 
 @dataclass
-class NoEngine(SteppingEditor):
+class NoEngine(StandIn):
     """`editor.EngineEditor` that samples nothing. As of a model, latents are kept beside each picture."""
-
-    models: Mapping[str, Path] = field(default_factory=dict)
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    device: str = "cpu"
-    max_pixels: int = 0
-    batch_invariant: bool = True
 
     def admitted(self, job: EditJob) -> int:
         return 1

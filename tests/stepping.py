@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kontext_batch.errors import StepError
@@ -41,6 +42,18 @@ class SteppingEditor:
 
     def describe(self) -> Mapping[str, Any]:
         return {"device": "cpu", "libraries": {"toy": "1"}}
+
+
+@dataclass
+class StandIn(SteppingEditor):
+    """Made as `editor.EngineEditor` is, in whose place a worker gets it."""
+
+    models: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    device: str = "cpu"
+    max_pixels: int = 0
+    batch_invariant: bool = True
+    cuda_graphs: bool = False
 
 
 @dataclass

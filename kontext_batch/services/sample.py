@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import structlog
+
 from kontext_batch.errors import InfrastructureError, OutOfMemory, StepError
 from kontext_batch.observability import metrics
 from kontext_batch.ports import BatchMember, EditSession, LeasedStep, OnStep, SampledPicture, StepFailed
 from kontext_batch.services.execute import Executor, Loaded, failure, halved
 from kontext_batch.services.hand import Batch, Hand, Left
+
+log = structlog.get_logger(__name__)
 
 AHEAD_SECONDS = 5.0
 """How long before a slot is free the step that is to have it is claimed and fetched. With more of it a worker holds,
@@ -111,6 +115,9 @@ class Sampler:
                     session.admit(step.id, loaded.prepared)
             except StepError as error:
                 self.hand.hand_on([self._left(self.rows.pop(step.id), batch, self._failure(step, error))])
+            else:
+                with self.executor.about([step]):
+                    log.debug("step joined", rows=len(self.rows), clock=batch.clock)
         self._tell_who_stays(batch)
 
     def _step(self, session: EditSession, batch: Batch) -> None:

@@ -10,8 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -20,21 +19,15 @@ from kontext_batch.errors import OutOfMemory
 from kontext_batch.hashing import canonical_json, sha256_hex
 from kontext_batch.operations.pictures import encode_png
 from kontext_batch.ports import EditJob, MadePicture
-from tests.stepping import SteppingEditor
+from tests.stepping import StandIn
 
 ROW_SECONDS_VARIABLE = "KONTEXT_TOY_ROW_SECONDS"
 CLOCK_VARIABLE = "KONTEXT_TOY_CLOCK_OFFSET"
 
 
 @dataclass
-class ToyEngine(SteppingEditor):
+class ToyEngine(StandIn):
     """Stands in for `editor.EngineEditor`. The same step gives the same picture, as with a seed."""
-
-    models: Mapping[str, Path] = field(default_factory=dict)
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    device: str = "cpu"
-    max_pixels: int = 0
-    batch_invariant: bool = True
 
     def stepping(self, jobs: Sequence[EditJob]) -> None:
         prompts = [str(job.params["prompt"]) for job in jobs]

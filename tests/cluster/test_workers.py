@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from itertools import chain
@@ -63,11 +64,16 @@ def still_there(processes: list[psutil.Process], seconds: float = 10.0) -> list[
     return alive
 
 
+def wait_until_sampled(cluster: Cluster, worker: subprocess.Popen[str]) -> None:
+    """Both steps of the batch: what is fetched and not begun would be given back."""
+    cluster.wait_for(lambda: cluster.logs().count("step joined") == 2, worker)
+
+
 @only_redis
 def test_a_worker_that_is_told_to_end_finishes_its_batch(cluster: Cluster) -> None:
-    worker = cluster.worker()
+    worker = cluster.worker(KONTEXT_BATCH_LOG_LEVEL="debug")
     run_id = cluster.submit(steps=LONG)
-    cluster.wait_for(lambda: cluster.leased(run_id), worker)
+    wait_until_sampled(cluster, worker)
     assert cluster.end(worker) == 0, cluster.logs()
 
     assert cluster.states(run_id).get(StepState.DONE) == 2, "both of the batch"
@@ -113,9 +119,9 @@ def test_a_killed_workers_steps_are_taken_over_at_the_next_beat(cluster: Cluster
 
 @only_redis
 def test_a_worker_that_is_told_to_drain_finishes_its_batch_and_ends(cluster: Cluster) -> None:
-    worker = cluster.worker("--metrics-port", "0")
+    worker = cluster.worker("--metrics-port", "0", KONTEXT_BATCH_LOG_LEVEL="debug")
     run_id = cluster.submit(steps=LONG)
-    cluster.wait_for(lambda: cluster.leased(run_id), worker)
+    wait_until_sampled(cluster, worker)
     [known] = cluster.workers()
     told = cluster.run("workers", "drain", known.id)
     assert told.code == 0, told.err
