@@ -113,5 +113,5 @@ def _say_stones(stones: Sequence[Tombstone]) -> None:
             output.say(f"  {shown_uri(each.uri)}: still to be deleted")
     output.say(
         "out of reach: copies that were made of delivered files, links and caches outside, versions that a bucket "
-        "keeps, backups, and models trained with them"
+        "keeps, backups, models trained with them, and run reports until they are written again"
     )

@@ -68,7 +68,7 @@ def _deliveries(conn: sa.Connection, run_id: int, ordinals: Sequence[int]) -> di
         )
         for row in conn.execute(query.order_by(DELIVERIES.id)):
             found[row.ordinal].append(
-                ExportedDelivery(row.path, row.state, row.delivered_path, row.delivered, row.error)
+                ExportedDelivery(row.path, row.state, row.delivered_path, row.delivered, row.withdrawn, row.error)
             )
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -51,16 +52,12 @@ def _next(column: sa.ColumnElement[str], prefix: str, last: Any) -> sa.Select[An
     return sa.select(sa.func.min(column)).where(column > last, column < prefix + AFTER_HEX)
 
 
-def _distinct(conn: sa.Connection, column: sa.Column[str], prefix: str) -> list[str]:
-    """Values that begin with `prefix`, from one to the next: the rows of each may be very many."""
-    found: list[str] = []
-    while len(found) < MOST:
-        first = sa.select(sa.func.min(column)).where(_begins(column, prefix))
-        value = conn.scalar(_next(column, prefix, found[-1]) if found else first)
-        if value is None:
-            break
-        found.append(value)
-    return found
+def _distinct(conn: sa.Connection, column: sa.Column[str], first: str, *where: sa.ColumnElement[bool]) -> Iterator[str]:
+    """Values from `first` on, from one to the next: the rows of each may be very many."""
+    bound = column >= first
+    while (value := conn.scalar(sa.select(sa.func.min(column)).where(bound, *where))) is not None:
+        yield value
+        bound = column > value
 
 
 def _pictures(conn: sa.Connection, prefix: str) -> list[Subject]:
@@ -95,7 +92,7 @@ def _files(conn: sa.Connection, prefix: str) -> list[Subject]:
 
 
 def _photos(conn: sa.Connection, prefix: str) -> list[Subject]:
-    found = _distinct(conn, SOURCES.sha256, prefix)
+    found = list(islice(_distinct(conn, SOURCES.sha256, prefix, SOURCES.sha256 < prefix + AFTER_HEX), MOST))
     if not found:  # listed, and read by no step
         inputs = t.inputs.c
         query = sa.select(inputs.sha256).where(inputs.sha256 != "", _begins(inputs.sha256, prefix)).distinct()
@@ -123,13 +120,8 @@ def known_by_place(conn: sa.Connection, uri: str) -> list[Subject]:
     delivered = _delivered(conn, uri)
     if delivered is not None:
         return [Subject(SubjectKind.STEP, f"delivered file {uri}", step_ids=(delivered,))]
-    by_indices(conn, alone=False)
-    inputs = t.inputs.c
-    contents = sa.union(
-        sa.select(inputs.sha256).where(inputs.uri == uri, inputs.sha256 != ""),
-        sa.select(SOURCES.sha256).where(SOURCES.uri == uri),  # what lay there before; no index has it
-    )
-    sha256s = tuple(sorted(conn.scalars(contents)))
+    lies_there = conn.scalars(sa.select(t.inputs.c.sha256).where(t.inputs.c.uri == uri, t.inputs.c.sha256 != ""))
+    sha256s = tuple(sorted({*lies_there, *_distinct(conn, SOURCES.sha256, "", SOURCES.uri == uri)}))
     return [Subject(SubjectKind.PHOTO, f"photo {uri}", sha256s)] if sha256s else []
 
 

@@ -210,15 +210,15 @@ def in_state(column: sa.ColumnElement[Any], *states: StepState) -> sa.ColumnElem
     return column.in_([sa.literal_column(f"'{state.value}'") for state in sorted(states)])
 
 
-def by_indices(conn: sa.Connection, *, alone: bool = True) -> None:
-    """Until the transaction ends, let PostgreSQL find rows by indices, as SQLite mostly does; not `alone`: as it likes.
+def by_indices(conn: sa.Connection) -> None:
+    """Until the transaction ends, let PostgreSQL find rows by indices, as SQLite mostly does.
 
     For questions about few rows among very many: it takes each hash to have many rows, and would read whole tables.
     """
     if conn.dialect.name == "postgresql":
         ways = ("enable_hashjoin", "enable_mergejoin", "enable_seqscan", "enable_memoize", "jit")
-        chosen = dict.fromkeys(ways, "off" if alone else "on")
-        chosen["max_parallel_workers_per_gather"] = "0" if alone else "2"  # a worker takes longer to start
+        chosen = dict.fromkeys(ways, "off")
+        chosen["max_parallel_workers_per_gather"] = "0"  # a worker takes longer to start
         conn.execute(sa.select(*(sa.func.set_config(name, value, sa.true()) for name, value in chosen.items())))
 
 

@@ -22,6 +22,7 @@ from kontext_batch.lineage.graph import end_attempts
 from kontext_batch.lineage.holds import holds, holds_on_steps
 from kontext_batch.lineage.rows import ARTIFACT_ROW, artifact_of
 from kontext_batch.lineage.sql import among, dialect_insert, exists, in_state, insert_rows, now, stored_text
+from kontext_batch.planning.inbox import ENDED, DropState
 from kontext_batch.planning.limits import forgotten_inputs, sources
 from kontext_batch.planning.plan import Plan
 from kontext_batch.planning.states import LIVE, StepState
@@ -214,6 +215,7 @@ def take_down(
         .where(among(DELIVERIES.step_id, found.steps), DELIVERIES.state.in_(("waiting", "pending", "failed")))
         .values(state="skipped", error=why)
     )
+    _report_anew(conn, told.runs)
     return told
 
 
@@ -412,8 +414,21 @@ def withdraw(conn: sa.Connection) -> int:
         STONES.deleted.is_not(None),
         outer=t.deliveries,
     )
-    return conn.execute(
+    runs = conn.scalars(
         sa.update(t.deliveries)
         .where(DELIVERIES.state == "delivered", DELIVERIES.withdrawn.is_(None), gone)
         .values(withdrawn=now())
-    ).rowcount
+        .returning(DELIVERIES.run_id)
+    ).all()
+    _report_anew(conn, set(runs))
+    return len(runs)
+
+
+def _report_anew(conn: sa.Connection, runs: Collection[int]) -> None:
+    """Reports that lie beside dropped recipes show the pictures: who answers drops writes these once more."""
+    drops = t.inbox.c
+    conn.execute(
+        sa.update(t.inbox)
+        .where(among(drops.run_id, sorted(runs)), drops.state.in_((DropState.ACCEPTED, *ENDED)))
+        .values(state=DropState.ACCEPTED, answer=None, token=drops.token + 1, claimed_until=now())
+    )

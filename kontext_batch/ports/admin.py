@@ -132,6 +132,8 @@ class ExportedDelivery:
     state: str
     delivered_path: str | None
     delivered: datetime | None
+    withdrawn: datetime | None
+    """When its file was deleted, as taken down."""
     error: str | None
 
 

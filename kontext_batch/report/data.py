@@ -194,9 +194,9 @@ class Telling:
 
     def _output(self, delivery: ExportedDelivery) -> dict[str, Any]:
         uri = delivery.delivered_path or delivery.path
-        there = delivery.state == "delivered"
+        there = delivery.state == "delivered" and delivery.withdrawn is None
         return {
-            "state": delivery.state,
+            "state": "withdrawn" if delivery.withdrawn else delivery.state,
             "uri": uri,
             "href": self.href(uri) if there else None,
             "error": delivery.error,

@@ -228,10 +228,14 @@ class _Writing:
     def _draw(self, group: Sequence[Told]) -> None:
         """Small pictures of all that the group shows, unless they are there."""
         wanted = {sha256: uri for told in group for sha256, uri in told.pictures() if sha256 not in self.looked}
+        gone = self.writer.repository.forgotten(wanted)
+        self.missing |= {sha256: f"taken down: {each.reason}" for sha256, each in gone.items()}
         running: dict[str, Future[str | None]] = {}
         try:
             for sha256, uri in wanted.items():
                 self.looked.add(sha256)
+                if sha256 in gone:
+                    continue
                 names = [pages.preview_name(sha256), pages.thumbnail_name(sha256)]
                 if self.before.issuperset(names):
                     self.names += names

@@ -1,4 +1,4 @@
-"""What explains pictures: weights by step, places in batches, verified artifacts, holds, tombstones, signed files."""
+"""What explains pictures: weights by step, photos by place, members by place, holds, tombstones, signed files."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index("ix_tombstones_source", "tombstones", ["source"])
+    op.create_index("ix_step_sources_uri_sha256", "step_sources", ["uri", "sha256"])
     op.add_column("batch_members", sa.Column("place", sa.Integer(), nullable=True))
     op.add_column("artifacts", sa.Column("verified", TIME, nullable=True))
     op.add_column("artifacts", sa.Column("problem", sa.Text(), nullable=True))
@@ -70,6 +71,7 @@ def downgrade() -> None:
     op.drop_column("artifacts", "problem")
     op.drop_column("artifacts", "verified")
     op.drop_column("batch_members", "place")
+    op.drop_index("ix_step_sources_uri_sha256", "step_sources")
     op.drop_index("ix_tombstones_source", "tombstones")
     op.drop_table("tombstones")
     op.drop_index("uq_holds_subject", "holds")

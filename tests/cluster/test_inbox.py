@@ -133,7 +133,8 @@ def test_drops_run_once_though_two_beats_watch_and_are_answered_beside_them(watc
         for stem in ("good", "packed")
     }
     refused = ["inbox/wrong.errors.txt", "inbox/wrong.status.json", "inbox/wrong.yaml"]
-    assert cluster.names("inbox") == [
+    names = cluster.names("inbox")
+    assert [name for name in names if ".report/" not in name] == [
         *(*answered["good"], "inbox/good.yaml"),
         *(*answered["packed"], "inbox/packed.zip"),
         *refused,
@@ -147,6 +148,8 @@ def test_drops_run_once_though_two_beats_watch_and_are_answered_beside_them(watc
         assert (status["state"], status["run"], status["delivered"]) == ("done", run_id, len(delivered[stem]))
         assert watched.answer(f"{stem}.plan.txt").endswith(f"{len(delivered[stem])} outputs; budget: outputs 500\n")
         report = watched.answer(f"{stem}.report.html")
+        assert f'href="{stem}.report/index.html"' in report
+        assert f"inbox/{stem}.report/index.html" in names
         for name in delivered[stem]:
             assert f"<code>{cluster.uri}/{name}</code>" in report
             assert Image.open(io.BytesIO(cluster.read(name))).size == (32, 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
+from datetime import UTC, datetime
 
 import pytest
 import sqlalchemy as sa
@@ -11,9 +12,22 @@ import sqlalchemy as sa
 from kontext_batch.errors import Held, PlanRefused
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.repository import SqlRepository
+from kontext_batch.planning.inbox import DropState, NewDrop
 from kontext_batch.planning.states import LIVE, RunState, StepState
 from kontext_batch.ports import Act, Descent, SettledDelivery, StepDone
-from tests.contract.plans import LEASE, artifact_of, done, finish, held_by, make_plan, settle, source, submit, worker
+from tests.contract.plans import (
+    LEASE,
+    artifact_of,
+    done,
+    finish,
+    held_by,
+    make_plan,
+    new_run,
+    settle,
+    source,
+    submit,
+    worker,
+)
 
 BY = Act("ann", "cli", "forget")
 PHOTO = source("a").sha256
@@ -197,6 +211,30 @@ def test_a_file_that_is_brought_meanwhile_is_taken_away(repository: SqlRepositor
     assert (file.uri, file.sha256) == (brought.path, signed or claimed.artifact.sha256)
     assert dict(repository.finish_runs()) == {run_id: RunState.DONE}
     assert not repository.verify()
+
+
+def test_reports_beside_drops_are_written_anew(repository: SqlRepository) -> None:
+    plan = make_plan({"a": []}, deliver=["a"])
+    new = NewDrop(uri="s3://b/in/x.yaml", etag="1", modified=datetime.now(UTC), owner="acme")
+    drop = repository.claim_drop(new, seconds=60)
+    assert drop is not None
+    repository.create_run(new_run(plan), plan, drop=(drop.id, drop.token))
+    finish(repository)
+    for each in repository.pending_deliveries():
+        settle(repository, each)
+    repository.finish_runs()
+
+    def answer() -> None:
+        [due] = repository.claim_answers(limit=8, seconds=60)
+        assert due.answer is None
+        assert repository.settle_answer(due.id, due.token, DropState.FINISHED, "digest", seconds=60)
+
+    answer()
+    take_down(repository)
+    answer()  # without the pictures
+    bury(repository)
+    answer()  # without the files
+    assert repository.claim_answers(limit=8, seconds=60) == []
 
 
 def test_a_hold_stands_against_it(repository: SqlRepository) -> None:

@@ -198,7 +198,7 @@ kontext.detail = (() => {
     outputs(step) {
       if (!step.outputs.length) return null;
       const rows = step.outputs.map((each) => {
-        const state = { delivered: "", failed: "Not delivered", skipped: "Left out", waiting: "To be delivered", pending: "To be delivered" }[each.state] ?? each.state;
+        const state = { delivered: "", withdrawn: "Taken down", failed: "Not delivered", skipped: "Left out", waiting: "To be delivered", pending: "To be delivered" }[each.state] ?? each.state;
         return el("li", {}, state ? el("span", { class: each.state === "failed" ? "error" : "soft" }, `${state}: `) : null,
           this.linked(each, say.file(each.uri)), each.error ? el("p", { class: each.state === "failed" ? "error" : "soft" }, each.error) : null);
       });

@@ -13,9 +13,11 @@ import pytest
 
 from kontext_batch.errors import InfrastructureError, ObjectNotFound, PlanRefused, SettingsError
 from kontext_batch.hashing import sha256_hex
+from kontext_batch.ports import Act
 from kontext_batch.report import pages, write
 from kontext_batch.report.data import Telling, facts
 from kontext_batch.report.write import Stopped
+from kontext_batch.services.takedown import go_on
 from tests.unit.report.made import DRAW, Shop, drawn
 
 
@@ -161,6 +163,30 @@ def test_pictures_that_it_shows_no_more_are_taken_away(shop: Shop) -> None:
     shop.writer().write(shop.run_id, shop.report, shop.store)
     assert not left.exists()
     assert (shop.folder / "report" / "notes.txt").exists()
+
+
+def test_of_a_photo_that_was_taken_down_no_small_picture_stays(shop: Shop) -> None:
+    shop.writer().write(shop.run_id, shop.report, shop.store)
+    photo = sha256_hex(drawn("photo mug"))
+    told = shop.repository.take_down(
+        photo,
+        "consent withdrawn",
+        uris=[],
+        removes=lambda uri: False,
+        despite_hold=False,
+        by=Act("ann", "cli", "forget"),
+    )
+    assert go_on(shop.repository, shop.store).done
+    gone = {photo, *(each.sha256 for each in told.artifacts)}
+    assert len(gone) == 4
+    previews = {pages.preview_name(sha256) for sha256 in gone} | {pages.thumbnail_name(sha256) for sha256 in gone}
+    assert previews <= names(shop)
+    written = shop.writer().write(shop.run_id, shop.report, shop.store)
+    assert written.missing == dict.fromkeys(gone, "taken down: consent withdrawn")
+    assert not previews & names(shop)
+    outputs = [each for detail in data(shop, "details") for each in detail["outputs"]]
+    assert sorted(each["state"] for each in outputs) == ["delivered", "withdrawn"]
+    assert all((each["href"] is None) == (each["state"] == "withdrawn") for each in outputs)
 
 
 def test_another_page_is_not_overwritten(shop: Shop) -> None:
