@@ -18,6 +18,7 @@ import pytest
 from kontext_batch.cli import main
 from tests.unit.receiver import Receiver, receiving
 
+pytestmark = pytest.mark.timeout(300)
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
@@ -30,6 +31,10 @@ def receiver(studio: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver
         )
         monkeypatch.setenv("DAM_SECRET", SECRET)
         yield found
+
+
+PATIENCE = 100.0
+"""Seconds for a process to start, and to come round to it, beside others."""
 
 
 def free_port() -> int:
@@ -50,7 +55,7 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def wait_for(what: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not what():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it did not come about"

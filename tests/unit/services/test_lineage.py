@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kontext_batch.errors import ObjectNotFound
-from kontext_batch.ports.tracing import SubjectKind, TracedStep
+from kontext_batch.ports.tracing import BatchMate, SubjectKind, TracedStep
 from kontext_batch.services.differences import compare
 from kontext_batch.services.lineage import Lineage, above, below, meant
 from tests.unit.services.conftest import RECIPE, Studio
@@ -158,8 +158,10 @@ def read(**values: Any) -> Callable[[TracedStep], TracedStep]:
     return lambda each: replace(each, reads=tuple(replace(one, **values) for one in each.reads))
 
 
-def without_mates(each: TracedStep) -> TracedStep:
-    return batch(mates=())(each)
+def another_mate(each: TracedStep) -> TracedStep:
+    """Whether the step had any is a matter of who was quicker."""
+    mate = BatchMate(step_id=10_000, key="f" * 64, joined=0, left=1, place=7)
+    return replace(each, batches=tuple(replace(one, mates=(*one.mates, mate)) for one in each.batches))
 
 
 CHANGES: Mapping[str, tuple[str, Callable[[TracedStep], TracedStep]]] = {
@@ -178,7 +180,7 @@ CHANGES: Mapping[str, tuple[str, Callable[[TracedStep], TracedStep]]] = {
     "numeric mode": ("staged", batch(numeric_mode="fp8")),
     "device": ("staged", batch(device="cuda:0")),
     "library torch": ("staged", batch(libraries={"torch": "1"})),
-    "batch": ("clean", without_mates),
+    "batch": ("clean", another_mate),
 }
 
 
