@@ -69,9 +69,12 @@ def test_the_head_and_the_rows_tell_the_run(shop: Shop) -> None:
     assert run["first"] == 2, "what is delivered is shown first"
     rows = data(shop, "rows")
     staged = next(row for row in rows["rows"] if row[1] == 1)
-    place, _, state, candidate, cached, sha256, prompt, error, *values = staged
+    place, _, state, candidate, cached, sha256, prompts, error, *values = staged
     assert (place, run["states"][state], candidate, cached, error, values) == (1, "done", 1, 0, -1, [0, 0])
-    assert rows["texts"][prompt] == "Change the background to deep snow."
+    told = ["Change the background to deep snow.", "Remove the background."]
+    assert [rows["texts"][prompt] for prompt in prompts] == told, "its own, and those of the steps above"
+    finish = next(row for row in rows["rows"] if row[1] == 2)
+    assert [rows["texts"][prompt] for prompt in finish[6]] == told, "what is delivered is found by them"
     assert {pages.thumbnail_name(sha256), pages.preview_name(sha256)} <= names(shop)
 
 
