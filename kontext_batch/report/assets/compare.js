@@ -28,7 +28,7 @@ kontext.compare = (() => {
       for (const image of [this.before, this.after]) image.addEventListener("load", () => this.slide());
     }
 
-    // `before` and `after`: {name, sha256} or null; `why`: what is said instead of a picture.
+    // `before` and `after`: {name, sha256, alt where that says more} or null; `why`: what is said instead of a picture.
     show(before, after, why) {
       this.both = Boolean(before && after);
       this.any = Boolean(after);
@@ -36,7 +36,7 @@ kontext.compare = (() => {
         image.hidden = !picture;
         if (picture) {
           image.src = kontext.preview(picture.sha256);
-          image.alt = picture.name;
+          image.alt = picture.alt ?? picture.name;
         } else image.removeAttribute("src");
       }
       this.beforeName.textContent = before ? before.name : "";

@@ -87,7 +87,7 @@ kontext.detail = (() => {
       for (const step of steps) list.append(this.step(step, step === last));
       fill(this.facts, this.outputs(last), el("h3", {}, "Steps"), list, this.record(last));
       this.facts.scrollTop = 0;
-      this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), sha256: last.picture.sha256 } : null;
+      this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), alt: `${this.nodeName(last)}: ${this.title.textContent}`, sha256: last.picture.sha256 } : null;
       this.why = this.reason(last);
       this.compareWith(this.origin(last, byPlace));
     }
@@ -197,8 +197,9 @@ kontext.detail = (() => {
 
     outputs(step) {
       if (!step.outputs.length) return null;
+      const due = this.model.run.finished === null ? "To be delivered" : "Not delivered"; // a run that has ended brings nothing more
       const rows = step.outputs.map((each) => {
-        const state = { delivered: "", withdrawn: "Taken down", failed: "Not delivered", skipped: "Left out", waiting: "To be delivered", pending: "To be delivered" }[each.state] ?? each.state;
+        const state = { delivered: "", withdrawn: "Taken down", failed: "Not delivered", skipped: "Left out", waiting: due, pending: due }[each.state] ?? each.state;
         return el("li", {}, state ? el("span", { class: each.state === "failed" ? "error" : "soft" }, `${state}: `) : null,
           this.linked(each, say.file(each.uri)), each.error ? el("p", { class: each.state === "failed" ? "error" : "soft" }, each.error) : null);
       });

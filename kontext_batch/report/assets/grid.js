@@ -32,6 +32,7 @@ kontext.grid = (() => {
       this.element.scrollTop = this.element.scrollLeft = 0;
       this.at = [0, 0];
       this.fit();
+      if (layout.pictures.length && !this.picture()) this.goTo(layout.pictures[0]); // nothing is in the first row and column
     }
 
     // Measures anew, and draws everything anew.

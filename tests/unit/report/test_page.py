@@ -436,6 +436,31 @@ def test_it_fits_a_narrow_window(page: Any) -> None:
     assert js(page, "document.querySelector('.facts').clientHeight") > 200
 
 
+def test_a_low_window_leaves_room_for_the_pictures(page: Any) -> None:
+    """As of a page of 1280 x 1024 that is enlarged four times."""
+    resize(page, 320, 256)
+    assert js(page, "document.getElementById('grid').clientHeight") > 200
+    js(page, "document.getElementById('grid').scrollIntoView()")
+    wait(lambda: js(page, "document.getElementById('grid').getBoundingClientRect().top") < 20)
+
+
+def test_what_a_run_that_has_ended_did_not_bring_is_not_promised(page: Any) -> None:
+    select(page, "State", "Skipped")
+    page.find_element("id", "grid").send_keys(ENTER)
+    opened(page, "bag · snow · shop")
+    assert text(page, ".outputs .soft") == "Not delivered: "
+    assert "as it stood" not in text(page, ".who")
+
+
+def test_a_run_that_goes_on_says_when_it_stood_so(driver: Any, tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "shop", ["mug"], {"snow": "deep snow"}, ["shop"]).submit().work(most=1)
+    open_report(driver, shop.writer().write(shop.run_id, shop.report, shop.store).index)
+    assert ", as it stood " in text(driver, ".who")
+    driver.find_element("id", "grid").send_keys(ENTER)
+    opened(driver, "mug · snow · shop")
+    assert text(driver, ".outputs .soft") == "To be delivered: "
+
+
 @pytest.fixture(scope="module")
 def thousands(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return many(tmp_path_factory.mktemp("large"), products=250, scenes=20)
