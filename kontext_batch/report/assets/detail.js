@@ -89,6 +89,7 @@ kontext.detail = (() => {
       this.facts.scrollTop = 0;
       this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), alt: `${this.nodeName(last)}: ${this.title.textContent}`, sha256: last.picture.sha256 } : null;
       this.why = this.reason(last);
+      this.bad = !["Waiting", "Running", "Cancelled"].includes(this.model.shown(this.model.rows[last.place]));
       this.compareWith(this.origin(last, byPlace));
     }
 
@@ -122,7 +123,7 @@ kontext.detail = (() => {
     compareWith(chosen) {
       const usable = chosen && this.result && chosen.sha256 !== this.result.sha256 ? chosen : null;
       for (const each of this.pictures) each.button.setAttribute("aria-pressed", each === usable);
-      this.compare.show(usable, this.result, this.why);
+      this.compare.show(usable, this.result, this.why, this.bad);
     }
 
     // A thumbnail to compare the result with.

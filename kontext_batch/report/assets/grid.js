@@ -228,6 +228,7 @@ kontext.grid = (() => {
       const roomX = element.clientWidth - this.side - width;
       element.scrollTop = Math.min(y, Math.max(element.scrollTop, y - roomY));
       element.scrollLeft = Math.min(x, Math.max(element.scrollLeft, x - roomX));
+      element.scrollIntoView({ block: "nearest" }); // of a low window, whose page scrolls too
       this.draw();
     }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kontext_batch.storage.uris import file_path, file_uri
 from tests.browser import open_report, prefer, resize, wait
 from tests.unit.report.conftest import HOSTILE, OUT_OF_MEMORY
 from tests.unit.report.made import Shop, many
@@ -440,8 +442,9 @@ def test_a_low_window_leaves_room_for_the_pictures(page: Any) -> None:
     """As of a page of 1280 x 1024 that is enlarged four times."""
     resize(page, 320, 256)
     assert js(page, "document.getElementById('grid').clientHeight") > 200
-    js(page, "document.getElementById('grid').scrollIntoView()")
-    wait(lambda: js(page, "document.getElementById('grid').getBoundingClientRect().top") < 20)
+    assert js(page, "document.getElementById('controls').clientHeight") > 50
+    press(page, DOWN)
+    wait(lambda: abs(js(page, "document.getElementById('grid').getBoundingClientRect().top")) < 2)
 
 
 def test_what_a_run_that_has_ended_did_not_bring_is_not_promised(page: Any) -> None:
@@ -459,6 +462,17 @@ def test_a_run_that_goes_on_says_when_it_stood_so(driver: Any, tmp_path: Path) -
     driver.find_element("id", "grid").send_keys(ENTER)
     opened(driver, "mug · snow · shop")
     assert text(driver, ".outputs .soft") == "To be delivered: "
+    assert text(driver, ".nothing:not(.bad)") == "Not made yet."
+
+
+def test_a_picture_that_was_not_copied_along_is_told(driver: Any, spring: Shop, tmp_path: Path) -> None:
+    shutil.copytree(Path(file_path(spring.report)), tmp_path / "report")
+    for preview in (tmp_path / "report" / "pictures").glob("*-m.webp"):
+        preview.unlink()
+    open_report(driver, file_uri(tmp_path / "report" / "index.html"))
+    driver.find_element("id", "grid").send_keys(ENTER)
+    opened(driver, "mug · terrace · shop")
+    wait(lambda: text(driver, ".nothing.bad:not([hidden])").startswith("A picture of this report is not beside the page"))
 
 
 @pytest.fixture(scope="module")
