@@ -18,6 +18,7 @@ from kontext_batch.report import pages, write
 from kontext_batch.report.data import Telling, facts
 from kontext_batch.report.write import Stopped
 from kontext_batch.services.takedown import go_on
+from kontext_batch.storage.uris import file_path
 from tests.unit.report.made import DRAW, Shop, drawn
 
 
@@ -166,6 +167,18 @@ def test_pictures_that_it_shows_no_more_are_taken_away(shop: Shop) -> None:
     shop.writer().write(shop.run_id, shop.report, shop.store)
     assert not left.exists()
     assert (shop.folder / "report" / "notes.txt").exists()
+
+
+def test_nothing_else_in_its_folder_is_taken_away(shop: Shop) -> None:
+    folder = Path(file_path(shop.report))
+    others = [folder / name for name in ("pictures/hero.webp", "assets/app.js", "data/items-1.js", "shared.html")]
+    for each in others:
+        each.parent.mkdir(parents=True, exist_ok=True)
+        each.write_text("mine")
+    shop.writer().write(shop.run_id, shop.report, shop.store)
+    assert [each.read_text() for each in others] == ["mine"] * 4
+    own = names(shop) - {"pictures/hero.webp", "assets/app.js", "data/items-1.js", "shared.html", "index.html"}
+    assert [name for name in own if not write.OWN.fullmatch(name)] == [], "all that is left of a report is known"
 
 
 def test_of_a_photo_that_was_taken_down_no_small_picture_stays(shop: Shop) -> None:
