@@ -110,7 +110,8 @@ def test_two_pictures_are_compared(done: Path, capsys: pytest.CaptureFixture[str
     found = data(capsys, "lineage", PICTURE, "out/mug_large.png", "--diff")
     assert found["first"]["what"] == "size"
     assert found["first"] == found["differences"][0]
-    (done / "sizes.yaml").write_text(FINISH_ONLY.replace("small: {px: 16x16}, large: {px: 32x32}", "large: {px: 48x48}"))
+    other = FINISH_ONLY.replace("small: {px: 16x16}, large: {px: 32x32}", "large: {px: 48x48}")
+    (done / "sizes.yaml").write_text(other)
     assert main.main(["run", "sizes.yaml"]) == 0
     capsys.readouterr()
     told = said(capsys, "lineage", PICTURE, "out/mug_large.png", "--diff").splitlines()

@@ -472,7 +472,7 @@ def test_a_picture_that_was_not_copied_along_is_told(driver: Any, spring: Shop, 
     open_report(driver, file_uri(tmp_path / "report" / "index.html"))
     driver.find_element("id", "grid").send_keys(ENTER)
     opened(driver, "mug · terrace · shop")
-    wait(lambda: text(driver, ".nothing.bad:not([hidden])").startswith("A picture of this report is not beside the page"))
+    wait(lambda: text(driver, ".nothing.bad:not([hidden])").startswith("A picture of this report is not"))
 
 
 @pytest.fixture(scope="module")
