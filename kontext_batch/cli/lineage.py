@@ -284,10 +284,20 @@ def _say_impact(impact: Impact) -> None:
         output.say(_line(step) + (f" sha256 {step.artifact.sha256}" if step.artifact else ""))
         for delivery in step.deliveries:
             output.say(f"  {_delivery(delivery)}")
-    delivered = sum(each.state == "delivered" for step in impact.steps for each in step.deliveries)
+    # Each file once, however often runs have delivered it to its place.
+    delivered = {
+        each.delivered_path or each.path
+        for step in impact.steps
+        for each in step.deliveries
+        if each.state == "delivered"
+    }
     direct = "" if impact.subject.step_ids else f" ({impact.direct} directly)"
-    told = f"{len(impact.steps)} steps told" if impact.after else f"{len(impact.steps)} steps{direct}"
-    output.say(f"{impact.subject.name}: {told}, {delivered} files delivered")
+    steps, files = _counted(len(impact.steps), "step"), _counted(len(delivered), "file")
+    output.say(f"{impact.subject.name}: {steps}{' told' if impact.after else direct}, {files} delivered")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _line(step: StepRow | MadeStep) -> str:
@@ -334,7 +344,8 @@ def _compared(found: Comparison) -> Iterator[str]:
         yield f"{made}: photos, recipe, prompt, seed and weights are equal; {bytes_[found.same_bytes]}"
         return
     first, *others = found.differences
-    yield f"first difference: {first.what} ({first.where})"
+    harmless = "" if first.matters else ", which changes no pixel by itself"
+    yield f"first difference: {first.what} ({first.where}){harmless}"
     yield f"  one:   {first.one}"
     yield f"  other: {first.other}"
     for each in others:

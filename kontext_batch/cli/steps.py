@@ -107,8 +107,8 @@ def explain(
 ) -> None:
     """Why a step ran or did not, and what became of it; of a run, every step that did not succeed.
 
-    It names what changed since the run before and in which line of the recipe, lost leases, the step above that failed,
-    the run that a found picture was made for.
+    It names what changed since the run before and in which line of the recipe, the step above in which a change began
+    or which failed, lost leases, the run that a found picture was made for.
 
     Example: kontext-batch explain run:12
     """

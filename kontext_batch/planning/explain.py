@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -149,7 +150,13 @@ def differences(
     `place`: field of a recipe -> file and line where it is written. `nodes`: key of a parent -> its name in the recipe.
     """
     found = (*_changed_params(before, after, place), *_changed_inputs(before, after, nodes))
-    return found or (f"the operation {after.operation} changed",)
+    return tuple(dict.fromkeys(found)) or (f"the operation {after.operation} changed",)
+
+
+def own_differences(before: Version, after: Version, *, place: Callable[[str], str]) -> tuple[str, ...]:
+    """The same without steps above that are others than before; none where nothing else differs."""
+    found = (*_changed_params(before, after, place), *_changed_inputs(before, after, None))
+    return tuple(dict.fromkeys(found))
 
 
 def _changed_params(before: Version, after: Version, place: Callable[[str], str]) -> Iterator[str]:
@@ -173,22 +180,24 @@ def _changed_params(before: Version, after: Version, place: Callable[[str], str]
         yield f"{word} changed" if name in _ELSEWHERE else f"{word} changed ({place(field)})"
 
 
-def _changed_inputs(before: Version, after: Version, nodes: Mapping[str, str]) -> Iterator[str]:
+def _changed_inputs(before: Version, after: Version, nodes: Mapping[str, str] | None) -> Iterator[str]:
+    """`nodes`: None leaves out parents that are others than before."""
     old, new = ({each[:2]: each[2:] for each in version.inputs} for version in (before, after))
-    for role, position in sorted(set(old) | set(new)):
-        known, each = old.get((role, position)), new.get((role, position))
-        if each is None:
-            yield f"one {role} less"
-        elif known is None:
-            yield f"one {role} more"
-        elif each[1].removeprefix("sha256:") != known[1].removeprefix("sha256:"):
-            uri, identity = each
-            if not uri:
+    count = Counter((role, "more") for role, _ in set(new) - set(old))
+    count.update((role, "less") for role, _ in set(old) - set(new))
+    for place in sorted(set(old) & set(new)):
+        known, (uri, identity) = old[place], new[place]
+        if identity.removeprefix("sha256:") == known[1].removeprefix("sha256:"):
+            continue
+        if not uri:
+            if nodes is not None:
                 yield f"{nodes.get(identity, 'its parent')} changed"
-            elif uri == known[0]:
-                yield f"input bytes changed ({file_name(uri)})"
-            else:
-                yield f"another input ({file_name(uri)})"
+        elif uri == known[0]:
+            yield f"input bytes changed ({file_name(uri)})"
+        else:
+            yield f"another input ({file_name(uri)})"
+    for (role, which), number in sorted(count.items()):
+        yield f"one {role} {which}" if number == 1 else f"{number} {role}s {which}"
 
 
 def written_at(source: Source, node: str, operation: str, field: str) -> str | None:

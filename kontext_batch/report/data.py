@@ -58,15 +58,18 @@ class Telling:
         self._nodes: dict[str, Node] = {}
         self._places: dict[str, int] = {}
         """Key of a step -> the place of its first instance."""
+        self._prompts: dict[str, tuple[str, ...]] = {}
+        """Key of a step -> its prompt and those of all steps above it, each once."""
 
     def row(self, told: Told, shown: bool, texts: dict[str, int]) -> list[Any]:
-        """What the grid wants: [place, node, state, candidate, cached, sha256 or '', prompt, error, axis values ...].
+        """What the grid wants: [place, node, state, candidate, cached, sha256 or '', prompts, error, axis values ...].
 
-        `shown`: whether there is a small picture of it. Prompt and error are places in `texts`, -1 for none; an axis
-        that the instance does not name has the value -1.
+        `shown`: whether there is a small picture of it. Prompts, its own and those of the steps above, and error are
+        places in `texts`, -1 for no error; an axis that the instance does not name has the value -1.
         """
         each = told.instance
         self._places.setdefault(each.key, each.ordinal)
+        self._prompts.setdefault(each.key, self._prompts_of(told))
         node = self._node(told)
         return [
             each.ordinal,
@@ -75,7 +78,7 @@ class Telling:
             each.candidate,
             int(each.cached),
             each.artifact.sha256 if shown and each.artifact else "",
-            _placed(texts, told.params.get("prompt")),
+            [_placed(texts, prompt) for prompt in self._prompts[each.key]],
             _placed(texts, _fault(each)),
             *self._values(each.axes),
         ]
@@ -154,6 +157,11 @@ class Telling:
         node.instances += 1
         node.outputs += len(each.deliveries)
         return node
+
+    def _prompts_of(self, told: Told) -> tuple[str, ...]:
+        own = told.params.get("prompt")
+        above = (prompt for _, _, uri, key in told.inputs if not uri for prompt in self._prompts.get(key, ()))
+        return tuple(dict.fromkeys([*([own] if own else []), *above]))
 
     def _values(self, axes: Sequence[tuple[str, str]]) -> list[int]:
         named = dict(axes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,8 +38,11 @@ MOST = 100_000
 """Instances of a report: a browser holds a row of each."""
 THREADS = min(4, os.cpu_count() or 1)
 """Each holds one decoded picture at most."""
-OWN = re.compile(r"(pictures|data|assets)/[A-Za-z0-9_-]+\.(webp|js|css|svg)")
-"""Names of files that a report before may have left."""
+OWN = re.compile(
+    r"pictures/[0-9a-f]{64}-[sm]\.webp|data/(run|rows|details|links)-[0-9]+-[0-9a-f]{12}\.js"
+    r"|assets/[a-z]+-[0-9a-f]{12}\.(js|css|svg)"
+)
+"""Names of files that a report before may have left, and of nothing else: they are deleted."""
 
 Draw = Callable[[bytes], tuple[bytes, bytes]]
 """A picture -> its thumbnail and its preview, WebP. Raises `StepError`."""
@@ -97,9 +100,9 @@ class ReportWriter:
         there), `Stopped`, and what the store raises.
         """
         summary = self.repository.run(run_id)
-        check_place(into, folder)
+        own = {pages.SHARED} if check_place(into, folder) else set()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="report") as pool:
-            return _Writing(self, summary, folder, into, pool, stopped).write(on_progress)
+            return _Writing(self, summary, folder, into, pool, stopped, own).write(on_progress)
 
     def share(self, written: Written, folder: str, into: ObjectStore, *, title: str, seconds: int) -> str:
         """A link to a page of the report whose files are behind links too, all for so many seconds."""
@@ -129,15 +132,19 @@ def title_of(summary: RunSummary) -> str:
     return f"{summary.recipe}, run {summary.id}: {summary.state}"
 
 
-def check_place(into: ObjectStore, folder: str) -> None:
-    """Raises `SettingsError` where another page lies, and what the store raises where nothing can be written."""
+def check_place(into: ObjectStore, folder: str) -> bool:
+    """Whether a report lies there.
+
+    Raises `SettingsError` where another page lies, and what the store raises where nothing can be written.
+    """
     into.folder(folder, write=True)
     try:
         there = into.read(folder + pages.INDEX)
     except ObjectNotFound:
-        return
-    if not pages.is_report(there):
-        raise SettingsError(f"{folder}{pages.INDEX} is no report of kontext-batch; choose another folder with --to")
+        return False
+    if pages.is_report(there):
+        return True
+    raise SettingsError(f"{folder}{pages.INDEX} is no report of kontext-batch; choose another folder with --to")
 
 
 def _loaded_at_once(files: Sequence[str]) -> list[str]:
@@ -154,6 +161,8 @@ class _Writing:
     into: ObjectStore
     pool: ThreadPoolExecutor
     stopped: Callable[[], bool]
+    own: Set[str]
+    """Names, beside those of `OWN`, of files that are the report's."""
     before: frozenset[str] = frozenset()
     """Names of the files of a report that lay there."""
     names: list[str] = field(default_factory=list)
@@ -165,7 +174,7 @@ class _Writing:
         self.before = frozenset(
             name
             for info in self.into.list(self.folder)
-            if OWN.fullmatch(name := info.uri.removeprefix(self.folder)) or name == pages.SHARED
+            if OWN.fullmatch(name := info.uri.removeprefix(self.folder)) or name in self.own
         )
         telling = Telling(self.folder)
         expected = sum(self.summary.steps.values())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
-from kontext_batch.planning.explain import Computed, differences, written_at
+from kontext_batch.planning.explain import Computed, differences, own_differences, written_at
 from kontext_batch.planning.render import axes_text
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import AttemptRow, Repository, RunSummary, StepRow, StepUse, StoredInstance, StoredStep
@@ -13,7 +14,9 @@ from kontext_batch.recipes.source import Source, read_yaml
 
 AT = "%Y-%m-%d %H:%M:%S"
 TOLD = 5
-"""Runs or parents that are named before it says how many more there are."""
+"""Runs or parents that are named before it says that there are more."""
+LOOKED_AT = 100
+"""Steps above one that are asked what changed in them: a contact sheet may have thousands."""
 
 
 @dataclass(slots=True)
@@ -45,7 +48,37 @@ class Explainer:
         run_id, _, stored = before
         for reason in self._differences(stored, _computed(step), use, step):
             yield f"since run {run_id}: {reason}"
+        begun = list(islice(self._begun_above(step, stored, use.run_id, run_id, set()), TOLD + 1))
+        yield from begun[:TOLD]
+        if len(begun) > TOLD:
+            yield "and others of the steps above it"
         yield from self._rejected(use.run_id, "the picture of before")
+
+    def _begun_above(
+        self, step: StoredStep, before: StoredInstance, run_id: int, before_id: int, seen: set[int]
+    ) -> Iterator[str]:
+        """Of the steps above that are others than in the run before, those in which something changed of itself."""
+        known = {(role, position): identity for role, position, _, identity in before.inputs}
+        for each in step.parents:
+            if known.get((each.role, each.position), each.key) == each.key or each.step_id in seen:
+                continue
+            if len(seen) == LOOKED_AT:
+                return
+            seen.add(each.step_id)
+            use = next((use for use in self.repository.step_uses(each.step_id) if use.run_id == run_id), None)
+            if use is None:
+                continue
+            named = f"step {each.step_id} {use.node} {axes_text(use.axes)}".strip()
+            found = self.repository.nearest_instance(replace(use, run_id=before_id + 1), later=False)
+            if found is None:
+                yield f"{named}: never run before run {run_id} ({use.file}:{use.line})"
+                continue
+            _, _, stored = found
+            parent = self.repository.stored_steps([each.step_id])[each.step_id]
+            reasons = own_differences(stored, _computed(parent), place=self._place(use, parent.operation))
+            if reasons:
+                yield f"{named}: {'; '.join(reasons)}"
+            yield from self._begun_above(parent, stored, run_id, before_id, seen)
 
     def _replaced(self, step: StoredStep, use: StepUse) -> Iterator[str]:
         after = self.repository.nearest_instance(use, later=True)

@@ -98,7 +98,7 @@ kontext.start = (run) => {
         el("span", { class: "spacer" }),
         failures.length ? el("button", { type: "button", class: "failures", onclick: () => showProblems(failures) }, say.plural(failures.length, "failure")) : null,
         el("button", { type: "button", class: "round", "aria-label": "Keys and explanations", title: "Keys and explanations (?)", onclick: showHelp }, "?")),
-      el("p", { class: "who" }, `Run ${run.id} for ${run.owner || "nobody in particular"}, ${say.time(run.created)}`, run.reason ? el("span", { class: "reason" }, ` · ${run.reason}`) : null),
+      el("p", { class: "who" }, `Run ${run.id} for ${run.owner || "nobody in particular"}, ${say.time(run.created)}${run.finished ? "" : `, as it stood ${say.time(run.written)}`}`, run.reason ? el("span", { class: "reason" }, ` · ${run.reason}`) : null),
       el("dl", { class: "totals" }, facts.map(([label, text]) => el("div", {}, el("dt", {}, label), el("dd", {}, text)))));
   }
 

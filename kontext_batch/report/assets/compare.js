@@ -25,24 +25,34 @@ kontext.compare = (() => {
         el("button", { type: "button", "data-mode": mode, onclick: () => this.choose(mode) }, label));
       this.modes = el("div", { class: "modes", role: "group", "aria-label": "How to compare" }, this.buttons);
       new ResizeObserver(() => this.slide()).observe(this.stage);
-      for (const image of [this.before, this.after]) image.addEventListener("load", () => this.slide());
+      for (const image of [this.before, this.after]) {
+        image.addEventListener("load", () => this.slide());
+        image.addEventListener("error", () => this.tell("A picture of this report is not beside the page. Was the folder copied whole?", true));
+      }
     }
 
-    // `before` and `after`: {name, sha256} or null; `why`: what is said instead of a picture.
-    show(before, after, why) {
+    // Words instead of pictures; none where they are empty.
+    tell(words, bad) {
+      this.nothing.textContent = words;
+      this.nothing.hidden = !words;
+      this.nothing.classList.toggle("bad", bad);
+    }
+
+    // `before` and `after`: {name, sha256, alt where that says more} or null; `why`: what is said instead of a picture,
+    // `bad`: because something went wrong.
+    show(before, after, why, bad) {
       this.both = Boolean(before && after);
       this.any = Boolean(after);
       for (const [image, picture] of [[this.before, before], [this.after, after]]) {
         image.hidden = !picture;
         if (picture) {
           image.src = kontext.preview(picture.sha256);
-          image.alt = picture.name;
+          image.alt = picture.alt ?? picture.name;
         } else image.removeAttribute("src");
       }
       this.beforeName.textContent = before ? before.name : "";
       this.afterName.textContent = after ? after.name : "";
-      this.nothing.textContent = after ? "" : why;
-      this.nothing.hidden = Boolean(after);
+      this.tell(after ? "" : why, bad);
       if (before) this.slider.setAttribute("aria-label", `How much of ${before.name} is seen`);
       this.settle();
     }

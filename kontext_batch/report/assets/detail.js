@@ -87,8 +87,9 @@ kontext.detail = (() => {
       for (const step of steps) list.append(this.step(step, step === last));
       fill(this.facts, this.outputs(last), el("h3", {}, "Steps"), list, this.record(last));
       this.facts.scrollTop = 0;
-      this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), sha256: last.picture.sha256 } : null;
+      this.result = last.picture && !last.picture.missing ? { name: this.nodeName(last), alt: `${this.nodeName(last)}: ${this.title.textContent}`, sha256: last.picture.sha256 } : null;
       this.why = this.reason(last);
+      this.bad = !["Waiting", "Running", "Cancelled"].includes(this.model.shown(this.model.rows[last.place]));
       this.compareWith(this.origin(last, byPlace));
     }
 
@@ -122,7 +123,7 @@ kontext.detail = (() => {
     compareWith(chosen) {
       const usable = chosen && this.result && chosen.sha256 !== this.result.sha256 ? chosen : null;
       for (const each of this.pictures) each.button.setAttribute("aria-pressed", each === usable);
-      this.compare.show(usable, this.result, this.why);
+      this.compare.show(usable, this.result, this.why, this.bad);
     }
 
     // A thumbnail to compare the result with.
@@ -197,8 +198,9 @@ kontext.detail = (() => {
 
     outputs(step) {
       if (!step.outputs.length) return null;
+      const due = this.model.run.finished === null ? "To be delivered" : "Not delivered"; // a run that has ended brings nothing more
       const rows = step.outputs.map((each) => {
-        const state = { delivered: "", withdrawn: "Taken down", failed: "Not delivered", skipped: "Left out", waiting: "To be delivered", pending: "To be delivered" }[each.state] ?? each.state;
+        const state = { delivered: "", withdrawn: "Taken down", failed: "Not delivered", skipped: "Left out", waiting: due, pending: due }[each.state] ?? each.state;
         return el("li", {}, state ? el("span", { class: each.state === "failed" ? "error" : "soft" }, `${state}: `) : null,
           this.linked(each, say.file(each.uri)), each.error ? el("p", { class: each.state === "failed" ? "error" : "soft" }, each.error) : null);
       });

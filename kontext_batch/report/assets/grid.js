@@ -32,6 +32,7 @@ kontext.grid = (() => {
       this.element.scrollTop = this.element.scrollLeft = 0;
       this.at = [0, 0];
       this.fit();
+      if (layout.pictures.length && !this.picture()) this.goTo(layout.pictures[0]); // nothing is in the first row and column
     }
 
     // Measures anew, and draws everything anew.
@@ -227,6 +228,7 @@ kontext.grid = (() => {
       const roomX = element.clientWidth - this.side - width;
       element.scrollTop = Math.min(y, Math.max(element.scrollTop, y - roomY));
       element.scrollLeft = Math.min(x, Math.max(element.scrollLeft, x - roomX));
+      element.scrollIntoView({ block: "nearest" }); // of a low window, whose page scrolls too
       this.draw();
     }
 

@@ -14,10 +14,10 @@ kontext.model = (() => {
     }
 
     add({ texts, rows }) {
-      for (const [place, node, state, candidate, cached, sha256, prompt, error, ...values] of rows) {
+      for (const [place, node, state, candidate, cached, sha256, prompts, error, ...values] of rows) {
         const picture = {
           place, node, state: this.run.states[state], candidate, cached: cached === 1, sha256, values,
-          prompt: prompt < 0 ? "" : texts[prompt], error: error < 0 ? "" : texts[error],
+          prompts: prompts.map((each) => texts[each]), error: error < 0 ? "" : texts[error],
         };
         this.rows[place] = picture;
         this.byNode[node].push(picture);
@@ -64,7 +64,7 @@ kontext.model = (() => {
     matches(picture, words, state) {
       if (state && this.shown(picture) !== state) return false;
       if (!words.length) return true;
-      picture.text ??= [this.name(picture), picture.prompt, picture.error, this.shown(picture)].join("\n").toLowerCase();
+      picture.text ??= [this.name(picture), ...picture.prompts, picture.error, this.shown(picture)].join("\n").toLowerCase();
       return words.every((word) => picture.text.includes(word));
     }
 

@@ -67,6 +67,15 @@ def test_a_photo_says_what_was_made_from_it(done: Path, capsys: pytest.CaptureFi
     assert len(data(capsys, "lineage", f"recipe:{recipe[:10]}", "--down")["steps"]) == 4
 
 
+def test_a_file_that_two_runs_delivered_counts_once(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["run", "sizes.yaml"]) == 0
+    capsys.readouterr()
+    told = said(capsys, "lineage", "photos/mug.png", "--down")
+    assert told.count("  delivered by run ") == 4
+    assert told.endswith(": 2 steps (2 directly), 2 files delivered\n")
+    assert said(capsys, "lineage", "1", "--down").endswith(": 1 step, 1 file delivered\n")
+
+
 def test_a_long_answer_says_how_to_go_on(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["lineage", "photos/mug.png", "--down", "--limit", "1"]) == 0
     first = capsys.readouterr()
@@ -101,6 +110,13 @@ def test_two_pictures_are_compared(done: Path, capsys: pytest.CaptureFixture[str
     found = data(capsys, "lineage", PICTURE, "out/mug_large.png", "--diff")
     assert found["first"]["what"] == "size"
     assert found["first"] == found["differences"][0]
+    other = FINISH_ONLY.replace("small: {px: 16x16}, large: {px: 32x32}", "large: {px: 48x48}")
+    (done / "sizes.yaml").write_text(other)
+    assert main.main(["run", "sizes.yaml"]) == 0
+    capsys.readouterr()
+    told = said(capsys, "lineage", PICTURE, "out/mug_large.png", "--diff").splitlines()
+    assert told[0].startswith("first difference: recipe revision (")
+    assert told[0].endswith("), which changes no pixel by itself")
 
 
 def test_every_form_is_written(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

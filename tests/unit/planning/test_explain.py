@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kontext_batch.planning.explain import Explained, Previous, explain
+from kontext_batch.planning.explain import Computed, Explained, Previous, differences, explain
 from kontext_batch.planning.limits import (
     budget_reasons,
     changed_inputs,
@@ -151,6 +151,15 @@ def test_another_operation_or_more_pictures() -> None:
     assert reasons == ("overlay changed (r.yaml:16)", "one logo more")
     body = RECIPE.replace('{op: edit, image: "${item.photo}", prompt: Clean.}', '{op: finish, image: "${item.photo}"}')
     assert told(planned(body), before, body)["clean A"] == "operation changed (r.yaml:11)"
+
+
+def test_pictures_of_a_sheet_are_counted_and_a_step_above_is_named_once() -> None:
+    def sheet(*cells: str) -> Computed:
+        return Computed("contact_sheet", {}, tuple(("cell", at, "", key) for at, key in enumerate(cells)))
+
+    nodes = {"k1": "staged", "k2": "staged"}
+    told = differences(sheet("a", "b", "c", "d", "e"), sheet("k1", "k2"), place=lambda _: "r.yaml:1", nodes=nodes)
+    assert told == ("staged changed", "3 cells less")
 
 
 @pytest.mark.parametrize(

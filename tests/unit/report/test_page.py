@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kontext_batch.storage.uris import file_path, file_uri
 from tests.browser import open_report, prefer, resize, wait
 from tests.unit.report.conftest import HOSTILE, OUT_OF_MEMORY
 from tests.unit.report.made import Shop, many
@@ -218,6 +220,9 @@ def test_what_is_looked_for_is_found(page: Any) -> None:
     assert "Nothing here is like that" in text(page, "#empty")
     press(page, ESCAPE)
     wait(lambda: text(page, "#told") == "12 pictures of finish")
+    press(page, "/", "deep snow", ENTER)
+    wait(lambda: text(page, "#told") == "4 of 12 pictures of finish")
+    press(page, "/", ESCAPE)
     select(page, "Step", "staged")
     press(page, "f")
     press(page, "PODIUM of ice", ENTER)
@@ -431,6 +436,43 @@ def test_it_fits_a_narrow_window(page: Any) -> None:
     assert js(page, wide) <= 390
     assert js(page, "document.querySelector('.stage').clientHeight") > 200
     assert js(page, "document.querySelector('.facts').clientHeight") > 200
+
+
+def test_a_low_window_leaves_room_for_the_pictures(page: Any) -> None:
+    """As of a page of 1280 x 1024 that is enlarged four times."""
+    resize(page, 320, 256)
+    assert js(page, "document.getElementById('grid').clientHeight") > 200
+    assert js(page, "document.getElementById('controls').clientHeight") > 50
+    press(page, DOWN)
+    wait(lambda: abs(js(page, "document.getElementById('grid').getBoundingClientRect().top")) < 2)
+
+
+def test_what_a_run_that_has_ended_did_not_bring_is_not_promised(page: Any) -> None:
+    select(page, "State", "Skipped")
+    page.find_element("id", "grid").send_keys(ENTER)
+    opened(page, "bag · snow · shop")
+    assert text(page, ".outputs .soft") == "Not delivered: "
+    assert "as it stood" not in text(page, ".who")
+
+
+def test_a_run_that_goes_on_says_when_it_stood_so(driver: Any, tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "shop", ["mug"], {"snow": "deep snow"}, ["shop"]).submit().work(most=1)
+    open_report(driver, shop.writer().write(shop.run_id, shop.report, shop.store).index)
+    assert ", as it stood " in text(driver, ".who")
+    driver.find_element("id", "grid").send_keys(ENTER)
+    opened(driver, "mug · snow · shop")
+    assert text(driver, ".outputs .soft") == "To be delivered: "
+    assert text(driver, ".nothing:not(.bad)") == "Not made yet."
+
+
+def test_a_picture_that_was_not_copied_along_is_told(driver: Any, spring: Shop, tmp_path: Path) -> None:
+    shutil.copytree(Path(file_path(spring.report)), tmp_path / "report")
+    for preview in (tmp_path / "report" / "pictures").glob("*-m.webp"):
+        preview.unlink()
+    open_report(driver, file_uri(tmp_path / "report" / "index.html"))
+    driver.find_element("id", "grid").send_keys(ENTER)
+    opened(driver, "mug · terrace · shop")
+    wait(lambda: text(driver, ".nothing.bad:not([hidden])").startswith("A picture of this report is not"))
 
 
 @pytest.fixture(scope="module")

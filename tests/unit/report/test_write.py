@@ -18,6 +18,7 @@ from kontext_batch.report import pages, write
 from kontext_batch.report.data import Telling, facts
 from kontext_batch.report.write import Stopped
 from kontext_batch.services.takedown import go_on
+from kontext_batch.storage.uris import file_path
 from tests.unit.report.made import DRAW, Shop, drawn
 
 
@@ -69,9 +70,12 @@ def test_the_head_and_the_rows_tell_the_run(shop: Shop) -> None:
     assert run["first"] == 2, "what is delivered is shown first"
     rows = data(shop, "rows")
     staged = next(row for row in rows["rows"] if row[1] == 1)
-    place, _, state, candidate, cached, sha256, prompt, error, *values = staged
+    place, _, state, candidate, cached, sha256, prompts, error, *values = staged
     assert (place, run["states"][state], candidate, cached, error, values) == (1, "done", 1, 0, -1, [0, 0])
-    assert rows["texts"][prompt] == "Change the background to deep snow."
+    told = ["Change the background to deep snow.", "Remove the background."]
+    assert [rows["texts"][prompt] for prompt in prompts] == told, "its own, and those of the steps above"
+    finish = next(row for row in rows["rows"] if row[1] == 2)
+    assert [rows["texts"][prompt] for prompt in finish[6]] == told, "what is delivered is found by them"
     assert {pages.thumbnail_name(sha256), pages.preview_name(sha256)} <= names(shop)
 
 
@@ -163,6 +167,18 @@ def test_pictures_that_it_shows_no_more_are_taken_away(shop: Shop) -> None:
     shop.writer().write(shop.run_id, shop.report, shop.store)
     assert not left.exists()
     assert (shop.folder / "report" / "notes.txt").exists()
+
+
+def test_nothing_else_in_its_folder_is_taken_away(shop: Shop) -> None:
+    folder = Path(file_path(shop.report))
+    others = [folder / name for name in ("pictures/hero.webp", "assets/app.js", "data/items-1.js", "shared.html")]
+    for each in others:
+        each.parent.mkdir(parents=True, exist_ok=True)
+        each.write_text("mine")
+    shop.writer().write(shop.run_id, shop.report, shop.store)
+    assert [each.read_text() for each in others] == ["mine"] * 4
+    own = names(shop) - {"pictures/hero.webp", "assets/app.js", "data/items-1.js", "shared.html", "index.html"}
+    assert [name for name in own if not write.OWN.fullmatch(name)] == [], "all that is left of a report is known"
 
 
 def test_of_a_photo_that_was_taken_down_no_small_picture_stays(shop: Shop) -> None:

@@ -38,11 +38,25 @@ def test_a_changed_prompt_is_told_with_its_line_and_its_readers_with_the_step(st
     run(studio)
     run(studio, RECIPE.replace("Change the", "Paint the"))
     assert why(studio, "staged", "mug", "snow", run=2) == ["since run 1: prompt changed (shop.yaml:18)"]
-    assert why(studio, "finish", "mug", "snow", run=2) == ["since run 1: staged changed"]
     replaced = row(studio, "staged", "mug", "snow", run=2).id
+    assert why(studio, "finish", "mug", "snow", run=2) == [
+        "since run 1: staged changed",
+        f"step {replaced} staged item=mug scene=snow: prompt changed (shop.yaml:18)",
+    ]
     assert why(studio, "staged", "mug", "snow") == [
         "never run before run 1 (shop.yaml:14)",
         f"replaced in run 2 by step {replaced}: prompt changed (shop.yaml:18)",
+    ]
+
+
+def test_where_a_change_began_is_told_however_far_above(studio: Studio) -> None:
+    run(studio)
+    Image.new("RGB", (64, 64), "green").save(studio.folder / "photos" / "mug.png")
+    run(studio)
+    clean = row(studio, "clean", "mug", run=2).id
+    assert why(studio, "finish", "mug", "snow", run=2) == [
+        "since run 1: staged changed",
+        f"step {clean} clean item=mug: input bytes changed (mug.png)",
     ]
 
 
