@@ -216,6 +216,7 @@ def test_a_step_that_is_not_what_its_key_says_is_refused(exported: Path) -> None
         (lambda step: step.pop("outputs"), "a row is not as rows are"),
         (lambda step: step.update(state="great"), "a row is not as rows are"),
         (lambda step: step.update(sources=7), "a row is not as rows are"),
+        (lambda step: step["tries"][0].update(outcome="great"), "an attempt has no outcome that there is"),
     ]
     for change, said in changes:
         changed = json.loads(json.dumps(steps))
@@ -254,6 +255,39 @@ def test_rows_that_contradict_one_another_change_nothing(exported: Path, capsys:
         assert "internal" not in capsys.readouterr().err
     assert main.main(["runs", "list", "--json", "--workspace", "else/kontext-out"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+def test_a_run_that_would_go_on_here_is_refused(exported: Path) -> None:
+    parts = members(exported)
+
+    def refused(section: str, said: str, **change: Any) -> None:
+        rows = [json.loads(line) | change for line in parts[f"lineage/{section}.jsonl"].splitlines()]
+        changed = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with pytest.raises(BadArchive, match=said):
+            Archive(tar_of(sealed({**parts, f"lineage/{section}.jsonl": changed})))
+
+    refused("run", "only one that has ended is exported", state="running")
+    refused("run", "only one that has ended is exported", state="paused")
+    refused("run", "a row is not as rows are", state="great")
+    refused("run", "does not say where the run came from", source=5)
+    refused("run", "does not say where the run came from", origin={"run": "x", "identity": "y"})
+    refused("run", "NaN is no number", budget=float("nan"))
+    refused("deliveries", "does not say what was delivered where", state="great")
+    refused("deliveries", "does not say what was delivered where", delivered_path=5)
+    refused("deliveries", "does not say what was delivered where", file_sha256=5)
+
+
+@pytest.mark.parametrize("inputs", [5, [5], [{"sha256": "0" * 64, "uris": [5]}], [{"uris": []}]])
+def test_a_manifest_that_does_not_say_where_photos_lay_is_refused(exported: Path, inputs: Any) -> None:
+    with pytest.raises(BadArchive, match="which photos lay where"):
+        Archive(tar_of(sealed(members(exported), inputs=inputs)))
+
+
+def test_a_backslash_in_a_prompt_is_no_half_character(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "chain.yaml").write_text(TWO_STEPS.replace("name: ", "owner: 'C:\\udata\\u0000'\nname: ", 1))
+    assert main.main(["run", "chain.yaml"]) == 0
+    assert main.main(["export", "1", "one.tar"]) == 0
+    assert imported(capsys)["changed"]
 
 
 def test_what_was_taken_down_does_not_leave(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
