@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kontext_batch.cli import main
-from kontext_batch.errors import BadArchive
+from kontext_batch.cli import common, main
+from kontext_batch.errors import BadArchive, InfrastructureError
 from kontext_batch.services import archives
 from kontext_batch.services.archives import Archive
 from tests.unit.cli.test_retention import TWO_STEPS, objects, sha_of
@@ -284,7 +284,7 @@ def test_a_manifest_that_does_not_say_where_photos_lay_is_refused(exported: Path
 
 
 def test_a_backslash_in_a_prompt_is_no_half_character(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (studio / "chain.yaml").write_text(TWO_STEPS.replace("name: ", "owner: 'C:\\udata\\u0000'\nname: ", 1))
+    (studio / "chain.yaml").write_text(TWO_STEPS.replace("studio@acme.example", "'C:\\udata\\u0000'"))
     assert main.main(["run", "chain.yaml"]) == 0
     assert main.main(["export", "1", "one.tar"]) == 0
     assert imported(capsys)["changed"]
@@ -303,6 +303,18 @@ def test_a_bad_archive_leaves_nothing_behind(exported: Path, capsys: pytest.Capt
     assert main.main(["import", "bad.tar", "--workspace", "else/kontext-out"]) == 2
     assert main.main(["import", "none.tar", "--workspace", "else/kontext-out"]) == 2
     assert not (exported.parent / "else").exists()
+
+
+def test_an_import_onto_a_full_disk_says_so(
+    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: object, **kwargs: object) -> None:
+        raise InfrastructureError("disk I/O error")
+
+    monkeypatch.setattr(archives, "import_run", no_room)
+    monkeypatch.setattr(common, "_is_full", lambda folder: True)
+    assert main.main(["import", "one.tar", "--workspace", "else/kontext-out"]) == 3
+    assert "no space is left in else/kontext-out" in capsys.readouterr().err
 
 
 def test_names_that_lead_out_are_not_unpacked() -> None:
