@@ -123,10 +123,11 @@ def import_(
         file = archive.open("rb")
     except OSError as error:
         raise SettingsError(f"{archive}: {error.strerror}") from error
-    with file:
+    chosen = common.chosen_workspace(workspace)
+    with file, common.full_disks_told(chosen):
         checked = Archive(file)
         settings = load_settings()
-        application = open_application(settings, workspace=common.chosen_workspace(workspace))
+        application = open_application(settings, workspace=chosen)
         try:
             by = act(settings, "import", archive=archive.name, run=checked.manifest.get("run"))
             done = import_run(application.repository, application.store, checked, application.artifact_keys, by=by)

@@ -124,15 +124,22 @@ def opened(workspace: Path | None, *, at: Target | None = None, source: str | No
     chosen = chosen_workspace(workspace, at)
     if at is None and settings.database_url is None and not chosen.is_dir():
         raise SettingsError(f"{chosen}: there is no workspace here; name one with --workspace DIR")
-    try:
+    with full_disks_told(chosen):
         application = open_application(settings, workspace=chosen, recipe_folder=folder, make=at is None)
         try:
             yield application
         finally:
             application.close()
+
+
+@contextmanager
+def full_disks_told(workspace: Path) -> Iterator[None]:
+    """Within, what fails because there is no room for the workspace raises `StorageFull`."""
+    try:
+        yield
     except InfrastructureError as error:
-        if not isinstance(error, StorageFull) and _is_full(chosen):
-            raise StorageFull(f"no space is left in {chosen} ({error})") from error
+        if not isinstance(error, StorageFull) and _is_full(workspace):
+            raise StorageFull(f"no space is left in {workspace} ({error})") from error
         raise
 
 

@@ -8,8 +8,8 @@ import typer
 
 from kontext_batch.cli import common, output
 from kontext_batch.cli.acting import YesOption, act, confirm
-from kontext_batch.cli.holds import read_file
 from kontext_batch.cli.run import shown_uri
+from kontext_batch.cli.steps import hashed_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +49,10 @@ def forget(
 
     if not reason.strip():
         raise typer.BadParameter("say why", param_hint="--reason")
-    data, uri = read_file(photo)
+    sha256, uri = hashed_file(photo)
     with common.opened(workspace) as application:
         repository, store, bundles = application.repository, application.store, application.artifact_keys.bundles
-        found = which_photo(repository, store, photo, data=data, uri=uri)
+        found = which_photo(repository, store, photo, sha256=sha256, uri=uri)
         descent = repository.descent(found.sha256)
         if not as_json:
             _say_descent(found, descent)

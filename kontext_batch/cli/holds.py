@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kontext_batch.cli import common, output
 from kontext_batch.cli.acting import act
-from kontext_batch.errors import ObjectNotFound, SettingsError
+from kontext_batch.cli.steps import hashed_file
+from kontext_batch.errors import ObjectNotFound
 
 if TYPE_CHECKING:
     from kontext_batch.ports import Repository
@@ -99,7 +98,6 @@ def release(subject: SubjectArgument, workspace: common.WorkspaceOption = None) 
 def meant(repository: Repository, text: str) -> str:
     """The subject that `text` means, as it is kept. Raises `ObjectNotFound`."""
     from kontext_batch.services.holds import held_subject
-    from kontext_batch.storage.uris import file_uri
 
     numbered = _NUMBERED.fullmatch(text)
     if numbered:
@@ -107,23 +105,5 @@ def meant(repository: Repository, text: str) -> str:
     hashed = _HASHED.fullmatch(text)
     if hashed:
         return held_subject(repository, hashed[2], kind=hashed[1], shown=text)
-    data, uri = read_file(text)
-    if data is None:
-        return held_subject(repository, None, uri=uri or text, shown=text)
-    from kontext_batch.hashing import sha256_hex
-
-    return held_subject(repository, sha256_hex(data), uri=uri or file_uri(os.path.abspath(text)), shown=text)
-
-
-def read_file(text: str) -> tuple[bytes | None, str | None]:
-    """Bytes and URI of a file of this machine; no bytes where none is there, no URI for what is one already."""
-    from kontext_batch.storage.uris import file_uri
-
-    if "://" in text:
-        return None, None
-    path = Path(text)
-    try:
-        data = path.read_bytes() if path.is_file() else None
-    except OSError as error:
-        raise SettingsError(f"{text[:80]}: {error.strerror}") from error
-    return data, file_uri(os.path.abspath(path))
+    sha256, uri = hashed_file(text)
+    return held_subject(repository, sha256, uri=uri or text, shown=text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -118,17 +117,12 @@ def one_picture(text: str, subject: Subject) -> Subject:
 
 
 def _by_bytes(repository: Repository, text: str, path: Path) -> Subject:
-    from kontext_batch.cli.steps import not_ours
+    from kontext_batch.cli.steps import file_sha256, not_ours
     from kontext_batch.ports.tracing import SubjectKind
     from kontext_batch.services.lineage import by_hash
     from kontext_batch.storage.uris import file_uri
 
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SettingsError(f"{text}: {error.strerror}") from error
-    found = by_hash(repository, sha256)
+    found = by_hash(repository, file_sha256(path))
     if found is not None:
         return found
     uri = file_uri(os.path.abspath(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -142,7 +143,6 @@ def meant(repository: Repository, text: str, *, runs_too: bool = False) -> Seque
 
     `runs_too`: the command takes a run as well, which is told to whoever seems to mean one. Raises `ObjectNotFound`.
     """
-    from kontext_batch.hashing import sha256_hex
     from kontext_batch.services.questions import found_steps
     from kontext_batch.storage.uris import file_uri
 
@@ -155,14 +155,29 @@ def meant(repository: Repository, text: str, *, runs_too: bool = False) -> Seque
             if not hint:
                 raise
             raise ObjectNotFound(f"{error}; {hint}") from error
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{text}: {error.strerror}") from error
-    found = repository.find_steps(sha256_hex(data))
+    found = repository.find_steps(file_sha256(path))
     if found:
         return found
     raise not_ours(repository, text, file_uri(os.path.abspath(path)))
+
+
+def hashed_file(text: str) -> tuple[str | None, str | None]:
+    """sha256 and URI of a file of this machine; no sha256 where none is there, no URI for what is one already."""
+    from kontext_batch.storage.uris import file_uri
+
+    if "://" in text:
+        return None, None
+    path = Path(text)
+    return file_sha256(path) if is_file(path) else None, file_uri(os.path.abspath(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file, which may be large. Raises `SettingsError`."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
 
 
 def not_ours(repository: Repository, text: str, uri: str) -> ObjectNotFound:

@@ -45,6 +45,7 @@ from kontext_batch.planning.params import materials
 from kontext_batch.planning.states import LIVE, StepState
 from kontext_batch.ports import Act, Imported, Row, Sections
 
+NOT_DELIVERED = "it was not delivered before the run was exported; a run of its recipe here delivers it here"
 UPLOAD_TOKEN = 0
 """Of what was put for an archive and not for a lease: those count from 1."""
 
@@ -240,7 +241,7 @@ def _insert_tries(conn: sa.Connection, new: Sequence[Row], merged: _Merge, batch
     for number in sorted(
         {each["batch_id"] for _, each in tries if each["batch_id"] is not None} - merged.batches.keys()
     ):
-        values = _timed(t.batches, {name: batches[number][name] for name in BATCH_COLUMNS})
+        values = _values(t.batches, {name: batches[number][name] for name in BATCH_COLUMNS})
         merged.batches[number] = int(
             conn.execute(sa.insert(t.batches).values(values).returning(t.batches.c.id)).scalar_one()
         )
@@ -269,7 +270,7 @@ def _insert_run(
     selection = {**header["selection"], "imported": {**header["origin"], "trigger": header["trigger"]}}
     values = {name: header[name] for name in RUN_COLUMNS}
     values |= {"trigger": IMPORTED, "selection": selection, "size": 0}
-    run_id = int(conn.execute(sa.insert(t.runs).values(_timed(t.runs, values)).returning(RUNS.id)).scalar_one())
+    run_id = int(conn.execute(sa.insert(t.runs).values(_values(t.runs, values)).returning(RUNS.id)).scalar_one())
     usage = [{"run_id": run_id, "worker_id": worker, "gpu_seconds": seconds} for worker, seconds in header["usage"]]
     _insert(conn, t.run_usage, usage)
     size = 0
@@ -297,8 +298,8 @@ def _insert_run(
 def _delivery(row: Row, run_id: int, merged: _Merge) -> dict[str, Any]:
     step_id = merged.ids[row["step"]]
     values = {**{name: row[name] for name in DELIVERY_COLUMNS}, "run_id": run_id, "step_id": step_id}
-    if values["state"] in ("waiting", "pending"):
-        values["state"] = "pending" if step_id in merged.done else "waiting"
+    if values["state"] in ("waiting", "pending"):  # nothing is written to a place that an archive names
+        values |= {"state": "failed", "error": values["error"] or NOT_DELIVERED}
     return values
 
 
@@ -327,30 +328,58 @@ def _insert_members(conn: sa.Connection, sections: Sections, merged: _Merge) -> 
 
 def _insert(conn: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows:
-        conn.execute(sa.insert(table), [_timed(table, row) for row in rows])
+        conn.execute(sa.insert(table), [_values(table, row) for row in rows])
 
 
 def _insert_absent(
     conn: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Row], **values: Any
 ) -> None:
     """What is there stays."""
-    listed = [_timed(table, {name: row[name] for name in columns}) for row in rows]
+    listed = [_values(table, {name: row[name] for name in columns}) for row in rows]
     if listed:
         insert = dialect_insert(conn, table)
         statement = insert.values(**values) if values else insert
         conn.execute(statement.on_conflict_do_nothing(), listed)
 
 
-def _timed(table: sa.Table, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Times and axes as the driver wants them."""
-    values = dict(row)
-    for name, value in values.items():
-        kind = table.c[name].type
-        if isinstance(kind, UtcTime) and isinstance(value, str):
-            values[name] = datetime.fromisoformat(value)
-        elif isinstance(kind, AxesText):
-            values[name] = tuple((axis, key) for axis, key in value)
+def _values(table: sa.Table, row: Mapping[str, Any]) -> dict[str, Any]:
+    """As the driver wants them. Raises `BadArchive` for what the column is not made for: SQLite would take anything."""
+    values = {}
+    for name, value in row.items():
+        try:
+            values[name] = _value(table.c[name], value)
+        except (TypeError, ValueError) as error:
+            raise BadArchive(f"{value!r:.80} is no `{name}` of {table.name}; nothing was imported") from error
     return values
+
+
+def _value(column: sa.Column[Any], value: Any) -> Any:
+    """Raises `TypeError` or `ValueError`."""
+    if value is None and column.nullable:
+        return None
+    match column.type:
+        case UtcTime():
+            return datetime.fromisoformat(value)
+        case AxesText():
+            return tuple((_of(str, axis), _of(str, key)) for axis, key in value)
+        case sa.JSON():
+            return _of(dict, value)
+        case sa.Boolean():
+            return _of(bool, value)
+        case sa.Integer():
+            bits = 63 if isinstance(column.type, sa.BigInteger) else 31
+            if not -(1 << bits) <= _of(int, value) < 1 << bits:
+                raise ValueError
+            return value
+        case sa.Float():
+            return float(value if isinstance(value, int) else _of(float, value))
+    return _of(str, value)
+
+
+def _of(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------- bytes

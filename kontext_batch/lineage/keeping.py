@@ -29,6 +29,9 @@ class SqlRetention:
     def photos(self, uri: str) -> Sequence[str]:
         return self._db.read(takedown.photos, uri)
 
+    def places(self, photo: str) -> Sequence[str]:
+        return self._db.read(takedown.places, photo)
+
     def descent(self, photo: str) -> Descent:
         return self._db.read(takedown.descent, photo)
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from kontext_batch.errors import ObjectNotFound
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.deliveries import IMPORTED
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.events import note_end
 from kontext_batch.lineage.graph import cancel_unwanted, charge, collected, open_run, put_back
@@ -86,9 +87,11 @@ def _with_readers(parents: Sequence[Sequence[int]], keys: Sequence[str], wanted:
 
 
 def _undelivered(conn: sa.Connection, run_id: int) -> set[int]:
-    """Steps whose picture did not arrive where this run wants it."""
-    query = sa.select(DELIVERIES.step_id).where(DELIVERIES.run_id == run_id, DELIVERIES.state.not_in(ARRIVED))
-    return set(conn.scalars(query))
+    """Steps whose picture did not arrive where this run wants it; none of a run that was imported, which wants it in
+    a place that an archive names."""
+    query = sa.select(DELIVERIES.step_id).join(t.runs, RUNS.id == DELIVERIES.run_id)
+    wanted = DELIVERIES.run_id == run_id, DELIVERIES.state.not_in(ARRIVED), RUNS.trigger != IMPORTED
+    return set(conn.scalars(query.where(*wanted)))
 
 
 def _excuse(conn: sa.Connection, run_id: int) -> None:

@@ -26,7 +26,7 @@ from kontext_batch.planning.inbox import ENDED, DropState
 from kontext_batch.planning.limits import forgotten_inputs, sources
 from kontext_batch.planning.plan import Plan
 from kontext_batch.planning.states import LIVE, StepState
-from kontext_batch.ports import DescendedDelivery, Descent, Hold, SettledDelivery, Tombstone
+from kontext_batch.ports import TAKEN_DOWN, DescendedDelivery, Descent, Hold, SettledDelivery, Tombstone
 
 STEPS, EDGES, SOURCES, OUTPUTS = t.steps.c, t.edges.c, t.step_sources.c, t.step_outputs.c
 ARTIFACTS, UPLOADS, DELIVERIES, STONES = t.artifacts.c, t.uploads.c, t.deliveries.c, t.tombstones.c
@@ -68,6 +68,13 @@ def photos(conn: sa.Connection, uri: str) -> list[str]:
     return sorted(conn.scalars(sa.union(seen, read)))
 
 
+def places(conn: sa.Connection, photo: str) -> list[str]:
+    seen = sa.select(t.inputs.c.uri).where(t.inputs.c.sha256 == photo)
+    read = sa.select(SOURCES.uri).where(SOURCES.sha256 == photo)
+    told = sa.select(STONES.uri).where(STONES.sha256 == photo, STONES.kind == PHOTO)
+    return sorted(conn.scalars(sa.union(seen, read, told)))
+
+
 def descent(conn: sa.Connection, photo: str) -> Descent:
     return _descent(conn, photo, _found(conn, photo))
 
@@ -80,7 +87,7 @@ def _descent(conn: sa.Connection, photo: str, found: _Found) -> Descent:
     kept = [row for row in found.artifacts if row.collected_at is None]
     return Descent(
         photo=photo,
-        uris=tuple(_uris(conn, photo)),
+        uris=tuple(places(conn, photo)),
         steps=len(found.steps),
         live=int(conn.scalar(sa.select(sa.func.count()).select_from(t.steps).where(*live)) or 0),
         runs=tuple(row.id for row in listed),
@@ -93,13 +100,6 @@ def _descent(conn: sa.Connection, photo: str, found: _Found) -> Descent:
         ),
         holds=tuple(_holds(conn, photo, found)),
     )
-
-
-def _uris(conn: sa.Connection, photo: str) -> list[str]:
-    seen = sa.select(t.inputs.c.uri).where(t.inputs.c.sha256 == photo)
-    read = sa.select(SOURCES.uri).where(SOURCES.sha256 == photo)
-    told = sa.select(STONES.uri).where(STONES.sha256 == photo, STONES.kind == PHOTO)
-    return sorted(conn.scalars(sa.union(seen, read, told)))
 
 
 def _holds(conn: sa.Connection, photo: str, found: _Found) -> list[Hold]:
@@ -194,7 +194,7 @@ def take_down(
             f"nothing was forgotten, for a legal hold says that it is kept ({reasons}); release it, or say "
             "--despite-hold"
         )
-    why = stored_text(f"taken down: {reason}")
+    why = stored_text(TAKEN_DOWN + reason)
     _cancel(conn, found.steps, why)
     mine = {uri: None if removes(uri) else NOT_OURS for uri in {*told.uris, *uris}}
     stones = [_Stone(photo, uri, PHOTO, note) for uri, note in mine.items()]

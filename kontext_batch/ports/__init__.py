@@ -82,11 +82,12 @@ from kontext_batch.ports.replaying import Judge, PictureDifference, StoredOutput
 from kontext_batch.ports.repository import (
     Repository,
 )
-from kontext_batch.ports.retention import DescendedDelivery, Descent, Hold, Retention, Tombstone
+from kontext_batch.ports.retention import TAKEN_DOWN, DescendedDelivery, Descent, Hold, Retention, Tombstone
 
 __all__ = [
     "LINK_SECONDS",
     "SECTIONS",
+    "TAKEN_DOWN",
     "Act",
     "Archives",
     "Artifact",

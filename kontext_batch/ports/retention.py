@@ -10,6 +10,9 @@ from typing import Protocol
 from kontext_batch.ports.admin import Act
 from kontext_batch.ports.records import Artifact
 
+TAKEN_DOWN = "taken down: "
+"""So begins the error of whatever a takedown has ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hold:
@@ -110,6 +113,10 @@ class Retention(Protocol):
 
     def photos(self, uri: str) -> Sequence[str]:
         """sha256 of every photo that was seen or read at that URI."""
+        ...
+
+    def places(self, photo: str) -> Sequence[str]:
+        """URIs at which the photo of that sha256 was seen, read or taken down."""
         ...
 
     def descent(self, photo: str) -> Descent:

@@ -28,7 +28,7 @@ from kontext_batch.hashing import canonical_json, sha256_hex
 from kontext_batch.planning import uris
 from kontext_batch.planning.params import VERSIONS, step_key
 from kontext_batch.planning.plan import ImageInfo, StepInput
-from kontext_batch.planning.states import StepState
+from kontext_batch.planning.states import OPEN_RUNS, RunState, StepState
 from kontext_batch.ports import SECTIONS, Act, Imported, ObjectStore, Repository, Row
 
 FORMAT, VERSION = "kontext-batch run", 1
@@ -40,7 +40,9 @@ LONGEST_LINE = 16 << 20
 LARGEST_MANIFEST = 1 << 30
 _NAME = re.compile(r"(?:inputs|objects)/[0-9a-f]{64}\.[a-z0-9]{1,5}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNSTORABLE = re.compile(rb"\\u(0000|[dD][89a-fA-F])")
+_UNSTORABLE = re.compile(rb"(?<!\\)(?:\\\\)*\\u(0000|[dD][89a-fA-F])")
+DELIVERY_STATES = frozenset({"waiting", "pending", "delivered", "skipped", "failed"})
+OUTCOMES = frozenset({"ok", "error", "retry", "released", "lost", "fenced"})
 _LINEAGE = {f"lineage/{section}.jsonl" for section in SECTIONS}
 
 ArtifactUri = Callable[[str, str], str]
@@ -214,7 +216,7 @@ class Archive:
             if _UNSTORABLE.search(line):
                 raise BadArchive(f"lineage/{section}.jsonl:{number}: NUL, or half a character")
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=_no_number)
             except (ValueError, RecursionError) as error:
                 raise BadArchive(f"lineage/{section}.jsonl:{number}: no JSON ({error})") from error
             if not isinstance(row, dict):
@@ -268,6 +270,8 @@ class Archive:
             raise BadArchive(f"{MANIFEST}: no JSON ({error})") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise BadArchive(f"{MANIFEST}: this is no archive of a run of kontext-batch")
+        if not _are_inputs(found.get("inputs")):
+            raise BadArchive(f"{MANIFEST}: `inputs` does not say which photos lay where")
         version = found.get("version")
         if not isinstance(version, int) or version < 1:
             raise BadArchive(f"{MANIFEST}: has no version")
@@ -299,6 +303,7 @@ class Archive:
         try:
             if len(headers) != 1:
                 raise BadArchive("lineage/run.jsonl: one run is expected")
+            _check_run(headers[0])
             artifacts = {str(row["sha256"]) for row in self.rows("artifacts")}
             if not all(_SHA256.fullmatch(each) for each in artifacts):
                 raise BadArchive("lineage/artifacts.jsonl: a sha256 is none")
@@ -310,6 +315,8 @@ class Archive:
                 for row in self.rows(section):
                     if row["step"] not in keys:
                         raise BadArchive(f"lineage/{section}.jsonl: step {row['step']} is not in the archive")
+                    if section == "deliveries":
+                        _check_delivery(row)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, BadArchive):
                 raise
@@ -325,6 +332,38 @@ def _is_entry(each: Any) -> TypeGuard[dict[str, Any]]:
     )
 
 
+def _are_inputs(listed: Any) -> bool:
+    return isinstance(listed, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("sha256"), str)
+        and isinstance(each.get("uris"), list)
+        and all(isinstance(uri, str) for uri in each["uris"])
+        for each in listed
+    )
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _check_run(row: Row) -> None:
+    """A run that is open here is computed and delivered: one that came from elsewhere has ended."""
+    if RunState(row["state"]) in OPEN_RUNS:
+        raise BadArchive(f"lineage/run.jsonl: the run is {row['state']}; only one that has ended is exported")
+    if not (
+        isinstance(row["source"], str)
+        and isinstance(row["origin"]["run"], int)
+        and isinstance(row["origin"]["identity"], str)
+    ):
+        raise BadArchive("lineage/run.jsonl: it does not say where the run came from")
+
+
+def _check_delivery(row: Row) -> None:
+    places = [row["path"], row["delivered_path"] or "", row["sha256"] or "", row["file_sha256"] or ""]
+    if row["state"] not in DELIVERY_STATES or not all(isinstance(each, str) for each in places):
+        raise BadArchive(f"lineage/deliveries.jsonl: step {row['step']}: it does not say what was delivered where")
+
+
 def _check_step(row: Row, keys: Mapping[int, str], artifacts: set[str]) -> None:
     name = f"lineage/steps.jsonl: step {row['id']}"
     if not isinstance(row["id"], int) or row["id"] in keys:
@@ -333,6 +372,8 @@ def _check_step(row: Row, keys: Mapping[int, str], artifacts: set[str]) -> None:
     if missing:
         raise BadArchive(f"{name} reads step {missing[0]}, which does not come before it")
     StepState(row["state"])
+    if any(each["outcome"] not in OUTCOMES for each in row["tries"]):
+        raise BadArchive(f"{name}: an attempt has no outcome that there is")
     if row["operation"] not in VERSIONS:
         raise BadArchive(f"{name}: no operation '{row['operation']}' is known; a newer kontext-batch may know it")
     inputs = [

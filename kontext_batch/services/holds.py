@@ -15,7 +15,7 @@ def held_subject(
     """
     photos, pictures = set[str](), set[str]()
     if sha256 is not None:
-        photos = {sha256} if repository.descent(sha256).uris else set()
+        photos = {sha256} if repository.places(sha256) else set()
         pictures = {sha256} if repository.find_steps(sha256) else set()
     if uri is not None and not photos | pictures:
         photos = set(repository.photos(uri))

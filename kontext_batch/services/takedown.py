@@ -36,20 +36,20 @@ class Photo:
     """sha256 of what lay at that URI at other times."""
 
 
-def which_photo(repository: Repository, store: ObjectStore, text: str, *, data: bytes | None, uri: str | None) -> Photo:
-    """The photo that `text` means: a sha256, or a place; `data`: what lies there, where it is a file that was read.
+def which_photo(repository: Repository, store: ObjectStore, text: str, *, sha256: str | None, uri: str | None) -> Photo:
+    """The photo that `text` means: a sha256, or a place; `sha256`: of what lies there, where it is a file of here.
 
     `uri`: of the place. Raises `ObjectNotFound` for what this workspace knows nothing of.
     """
-    if data is None and _SHA256.fullmatch(text):
-        if not (repository.descent(text).uris or repository.forgotten([text])):
+    if sha256 is None and _SHA256.fullmatch(text):
+        if not (repository.places(text) or repository.forgotten([text])):
             raise ObjectNotFound(f"{text}: no photo of that sha256 was seen here")
         return Photo(text, None)
     place = text if uri is None else uri
     known = repository.photos(place)
-    if data is None:
+    if sha256 is None:
         try:
-            data = store.read(place)
+            sha256 = sha256_hex(store.read(place))
         except (ObjectNotFound, NotAllowed):
             if len(known) == 1:
                 return Photo(known[0], place)
@@ -58,7 +58,6 @@ def which_photo(repository: Repository, store: ObjectStore, text: str, *, data: 
                     f"{text} is not there, and several photos lay there; name one by its sha256: {', '.join(known)}"
                 ) from None
             raise ObjectNotFound(f"{text}: there is no such photo, and none was ever read from there") from None
-    sha256 = sha256_hex(data)
     return Photo(sha256, place, tuple(each for each in known if each != sha256))
 
 

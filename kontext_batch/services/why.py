@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import islice
 
 from kontext_batch.planning.explain import Computed, differences, own_differences, written_at
 from kontext_batch.planning.render import axes_text
 from kontext_batch.planning.states import RunState, StepState
-from kontext_batch.ports import AttemptRow, Repository, RunSummary, StepRow, StepUse, StoredInstance, StoredStep
+from kontext_batch.ports import (
+    TAKEN_DOWN,
+    AttemptRow,
+    Repository,
+    RunSummary,
+    StepRow,
+    StepUse,
+    StoredInstance,
+    StoredStep,
+)
 from kontext_batch.recipes.source import Source, read_yaml
 
 AT = "%Y-%m-%d %H:%M:%S"
@@ -128,6 +138,9 @@ class Explainer:
             case StepState.QUARANTINED:
                 yield f"quarantined: {row.losses} workers were lost with it; `runs retry RUN --failed` tries it again"
             case StepState.CANCELLED:
+                if _is_taken_down(row.error):
+                    yield f"cancelled: {row.error}"
+                    return
                 run = self._run(uses[-1].run_id)
                 yield f"cancelled: no open run wants it; run {run.id} is {run.state}" + (
                     f" ({run.reason})" if run.reason else ""
@@ -135,7 +148,13 @@ class Explainer:
             case StepState.DONE:
                 image = step.outputs.get("image")
                 if image is not None and image.collected is not None:
-                    yield f"its picture was collected at {image.collected:{AT}}; a run that needs it makes it again"
+                    yield self._gone(image.artifact.sha256, image.collected)
+
+    def _gone(self, sha256: str, at: datetime) -> str:
+        stone = self.repository.forgotten([sha256]).get(sha256)
+        if stone is None:
+            return f"its picture was collected at {at:{AT}}; a run that needs it makes it again"
+        return f"its picture was taken down at {stone.at:{AT}} by {stone.who}: {stone.reason}; nothing makes it again"
 
     def _run(self, run_id: int) -> RunSummary:
         if run_id not in self._runs:
@@ -167,6 +186,10 @@ def _computed(step: StoredStep) -> Computed:
     return Computed(step.operation, step.params, (*sources, *parents))
 
 
+def _is_taken_down(error: str | None) -> bool:
+    return error is not None and error.startswith(TAKEN_DOWN)
+
+
 def _befallen(attempts: Sequence[AttemptRow]) -> Iterator[str]:
     """Why it was begun more than once."""
     before: AttemptRow | None = None
@@ -186,7 +209,8 @@ def _befallen(attempts: Sequence[AttemptRow]) -> Iterator[str]:
             case "released":
                 yield f"given back unused ({by})"
             case "fenced":
-                yield f"a late result was dropped ({by}): another worker held it by then"
+                dropped = each.error if _is_taken_down(each.error) else "another worker held it by then"
+                yield f"a late result was dropped ({by}): {dropped}"
 
 
 def _found(uses: Sequence[StepUse], attempts: Sequence[AttemptRow]) -> Iterator[str]:

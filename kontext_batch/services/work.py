@@ -360,7 +360,9 @@ class Worker:
         """Ring for what became ready and this worker does not take next: of its lane so many more."""
         self.pulse.beat()
         if report.fenced:
-            log.warning("results dropped: another worker held these steps", fenced=list(report.fenced))
+            log.warning(
+                "results dropped: another worker held these steps, or they are taken down", fenced=list(report.fenced)
+            )
         log.info("batch committed", batch=report.batch_id, committed=len(report.committed))
         taken = {lane: room if lane == self.turns.lane else self.batch_rows for lane in report.woken}
         lanes = {

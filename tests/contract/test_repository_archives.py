@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from kontext_batch.errors import ObjectNotFound, SettingsError
+from kontext_batch.errors import BadArchive, ObjectNotFound, SettingsError
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.states import RunState, StepState
 from kontext_batch.ports import SECTIONS, Act, BatchMember, BatchRecord, Imported, Row
@@ -219,3 +219,50 @@ def test_only_a_run_that_has_ended_leaves(repository: SqlRepository) -> None:
     repository.cancel_run(run_id)
     [row] = repository.archived(run_id, "steps")
     assert row["state"] == "cancelled"
+
+
+def test_no_place_that_an_archive_names_is_delivered_to(repository: SqlRepository, other: SqlRepository) -> None:
+    run_id = submit(repository, make_plan({"a": [], "b": ["a"]}, deliver=["a", "b"]))
+    [step] = repository.claim("w1", limit=1, lease_seconds=LEASE)
+    repository.intend_uploads([(artifact_of(step).uri, step.id, step.token)])
+    record = BatchRecord("w1", step.lane, "cpu", "0" * 64, "exact", {"torch": "2"}, (BatchMember(step.id, 0, 1, 0),))
+    repository.commit(record, [done(step)])
+    repository.cancel_run(run_id)
+    there = bring(other, archive(repository, run_id)).run_id
+    other.register_worker(worker("w1"))
+    assert other.retry_run(there, by=BY) == 1, "its steps may be made"
+    assert finish(other) == 1
+    assert not other.pending_deliveries()
+    other.finish_runs()
+    assert other.run(there).state is RunState.FAILED, "nothing was delivered"
+    assert not other.verify()
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("run", {"created": 5}),
+        ("run", {"priority": 10**30}),
+        ("run", {"cached": "x"}),
+        ("run", {"budget": "x"}),
+        ("run", {"usage": [["w1", "x"]]}),
+        ("artifacts", {"bytes": 10**30}),
+        ("artifacts", {"width": "wide"}),
+        ("workers", {"heartbeat": 5}),
+        ("workers", {"engine": []}),
+        ("models", {"licence": [1]}),
+        ("batches", {"libraries": None}),
+        ("steps", {"error": 5}),
+        ("instances", {"axes": [["item", 5]]}),
+        ("instances", {"first": "yes"}),
+    ],
+)
+def test_values_of_other_types_are_refused(
+    repository: SqlRepository, other: SqlRepository, section: str, change: Row
+) -> None:
+    held = archive(repository, computed(repository))
+    held["models"] = [{"sha256": "0" * 64, "name": "tiny", "layout": "flux", "licence": ""}]
+    held[section] = [{**row, **change} for row in held[section]]
+    with pytest.raises(BadArchive, match="nothing was imported"):
+        bring(other, held)
+    assert not other.runs()

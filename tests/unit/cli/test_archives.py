@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kontext_batch.cli import main
-from kontext_batch.errors import BadArchive
+from kontext_batch.cli import common, main
+from kontext_batch.errors import BadArchive, InfrastructureError
 from kontext_batch.services import archives
 from kontext_batch.services.archives import Archive
 from tests.unit.cli.test_retention import TWO_STEPS, objects, sha_of
@@ -216,6 +216,7 @@ def test_a_step_that_is_not_what_its_key_says_is_refused(exported: Path) -> None
         (lambda step: step.pop("outputs"), "a row is not as rows are"),
         (lambda step: step.update(state="great"), "a row is not as rows are"),
         (lambda step: step.update(sources=7), "a row is not as rows are"),
+        (lambda step: step["tries"][0].update(outcome="great"), "an attempt has no outcome that there is"),
     ]
     for change, said in changes:
         changed = json.loads(json.dumps(steps))
@@ -256,6 +257,39 @@ def test_rows_that_contradict_one_another_change_nothing(exported: Path, capsys:
     assert len(json.loads(capsys.readouterr().out)) == 1
 
 
+def test_a_run_that_would_go_on_here_is_refused(exported: Path) -> None:
+    parts = members(exported)
+
+    def refused(section: str, said: str, **change: Any) -> None:
+        rows = [json.loads(line) | change for line in parts[f"lineage/{section}.jsonl"].splitlines()]
+        changed = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with pytest.raises(BadArchive, match=said):
+            Archive(tar_of(sealed({**parts, f"lineage/{section}.jsonl": changed})))
+
+    refused("run", "only one that has ended is exported", state="running")
+    refused("run", "only one that has ended is exported", state="paused")
+    refused("run", "a row is not as rows are", state="great")
+    refused("run", "does not say where the run came from", source=5)
+    refused("run", "does not say where the run came from", origin={"run": "x", "identity": "y"})
+    refused("run", "NaN is no number", budget=float("nan"))
+    refused("deliveries", "does not say what was delivered where", state="great")
+    refused("deliveries", "does not say what was delivered where", delivered_path=5)
+    refused("deliveries", "does not say what was delivered where", file_sha256=5)
+
+
+@pytest.mark.parametrize("inputs", [5, [5], [{"sha256": "0" * 64, "uris": [5]}], [{"uris": []}]])
+def test_a_manifest_that_does_not_say_where_photos_lay_is_refused(exported: Path, inputs: Any) -> None:
+    with pytest.raises(BadArchive, match="which photos lay where"):
+        Archive(tar_of(sealed(members(exported), inputs=inputs)))
+
+
+def test_a_backslash_in_a_prompt_is_no_half_character(studio: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (studio / "chain.yaml").write_text(TWO_STEPS.replace("studio@acme.example", "'C:\\udata\\u0000'"))
+    assert main.main(["run", "chain.yaml"]) == 0
+    assert main.main(["export", "1", "one.tar"]) == 0
+    assert imported(capsys)["changed"]
+
+
 def test_what_was_taken_down_does_not_leave(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["forget", "photos/mug.png", "--reason", "why", "--yes"]) == 0
     assert main.main(["export", "1", "two.tar"]) == 0
@@ -269,6 +303,18 @@ def test_a_bad_archive_leaves_nothing_behind(exported: Path, capsys: pytest.Capt
     assert main.main(["import", "bad.tar", "--workspace", "else/kontext-out"]) == 2
     assert main.main(["import", "none.tar", "--workspace", "else/kontext-out"]) == 2
     assert not (exported.parent / "else").exists()
+
+
+def test_an_import_onto_a_full_disk_says_so(
+    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: object, **kwargs: object) -> None:
+        raise InfrastructureError("disk I/O error")
+
+    monkeypatch.setattr(archives, "import_run", no_room)
+    monkeypatch.setattr(common, "_is_full", lambda folder: True)
+    assert main.main(["import", "one.tar", "--workspace", "else/kontext-out"]) == 3
+    assert "no space is left in else/kontext-out" in capsys.readouterr().err
 
 
 def test_names_that_lead_out_are_not_unpacked() -> None:

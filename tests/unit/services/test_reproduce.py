@@ -17,7 +17,7 @@ from kontext_batch.errors import InfrastructureError, PlanRefused, StepError
 from kontext_batch.ports import BatchMember, BatchRecord, EditJob, LeasedStep, MadePicture
 from kontext_batch.services.execute import Executor, Finished, Loaded
 from kontext_batch.services.recorded import Weights, differences
-from kontext_batch.services.reproduce import Replay, Replayer, finished_from, sample_together
+from kontext_batch.services.reproduce import Replay, Replayer, _as_then, finished_from, sample_together
 from tests.stepping import SteppingEditor
 from tests.unit.services.conftest import Studio, ToyEditor
 
@@ -296,6 +296,28 @@ def test_a_damaged_picture_is_told_with_how_far_it_is_off(shop: Shop) -> None:
     file.write_bytes(b"no picture")
     assert "does not decode" in shop.replay(step).notes[1]
     assert "stored file is damaged; `kontext-batch verify --repair`" in shop.refusal(shop.step("staged", "mug", "snow"))
+
+
+def test_a_stored_file_that_cannot_be_read_is_told(shop: Shop) -> None:
+    step = shop.step("clean", "mug")
+    file = shop.file(step)
+    file.unlink()
+    file.symlink_to(Path(__file__).resolve())
+    found = shop.replay(step)
+    assert found.equal, "the replay is what was committed"
+    assert "the stored file cannot be read" in found.notes[0]
+
+
+def test_a_file_without_room_for_a_mark_is_made_as_then(shop: Shop) -> None:
+    number = shop.step("finish", "mug", "snow")
+    step = shop.studio.app.repository.stored_steps([number])[number]
+
+    def make(xmp: bytes | None) -> MadePicture:
+        if xmp is not None:
+            raise StepError("max_bytes")
+        return MadePicture(b"plain", "image/png", 8, 8)
+
+    assert _as_then(step, make).data == b"plain"
 
 
 def test_the_file_of_a_picture_operation_is_made_again(shop: Shop) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from kontext_batch.errors import InfrastructureError, StepError
 from kontext_batch.planning.states import StepState
 from kontext_batch.ports import Act, EditJob, StepRow
+from kontext_batch.services.takedown import go_on
 from kontext_batch.services.why import Explainer
 from tests.unit.services.conftest import RECIPE, Studio
 
@@ -166,6 +167,34 @@ def test_a_collected_picture_and_one_that_was_made_again(studio: Studio) -> None
     assert why(studio, "clean", "mug")[1].startswith("its picture was collected at 20")
     run(studio, RECIPE.replace("Change the", "Paint the"))
     assert why(studio, "clean", "mug")[1] == "asked for again: its picture was collected or lost"
+
+
+def test_a_picture_that_was_taken_down_is_not_made_again(studio: Studio) -> None:
+    run(studio)
+    repository = studio.app.repository
+    [photo] = repository.photos((studio.folder / "photos" / "mug.png").as_uri())
+    by = Act("ann", "cli", "forget")
+    repository.take_down(photo, "consent", uris=[], removes=lambda uri: False, despite_hold=False, by=by)
+    go_on(repository, studio.app.store)
+    said = why(studio, "clean", "mug")[1]
+    assert said.startswith("its picture was taken down at 20")
+    assert said.endswith(" by ann: consent; nothing makes it again")
+
+
+def test_steps_that_a_takedown_cancelled_say_so(studio: Studio) -> None:
+    studio.submit()
+    repository, info = studio.app.repository, studio.worker().info
+    repository.register_worker(info)
+    steps = repository.claim(info.id, limit=8, lease_seconds=60)
+    [photo] = repository.photos((studio.folder / "photos" / "mug.png").as_uri())
+    by = Act("ann", "cli", "forget")
+    repository.take_down(photo, "consent", uris=[], removes=lambda uri: False, despite_hold=False, by=by)
+    assert steps
+    late, cancelled = why(studio, "clean", "mug")[1:]
+    assert late.startswith("a late result was dropped (worker ")
+    assert late.endswith("): taken down: consent")
+    assert cancelled == "cancelled: taken down: consent"
+    assert why(studio, "staged", "mug", "snow")[1:] == ["cancelled: taken down: consent"]
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "x" * 300_000])
