@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def test_a_file_says_where_it_comes_from(done: Path, capsys: pytest.CaptureFixtu
     assert step["reads"][0]["uri"] == f"file://{done}/photos/mug.png"
     assert step["deliveries"][0]["delivered_path"] == f"file://{done}/{PICTURE}"
     assert [each["outcome"] for each in step["attempts"]] == ["ok"]
+
+
+def test_a_name_that_is_no_text_is_a_name_like_others(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"mug\xff.png")
+    shutil.copy(PICTURE, name)
+    assert main.main(["lineage", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"] == name
+    for command in ("lineage", "explain"):
+        assert main.main([command, f"no{name}", "--json"]) == 2
+        assert "known as" in json.loads(capsys.readouterr().out)["message"]
 
 
 def test_a_photo_says_what_was_made_from_it(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
