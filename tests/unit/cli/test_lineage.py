@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kontext_batch.cli import main
+from kontext_batch.cli import lineage, main
 from tests.unit.cli.conftest import FINISH_ONLY
 from tests.unit.provenance.schemas import check_event, check_prov
 
@@ -64,6 +64,14 @@ def test_a_name_that_is_no_text_is_a_name_like_others(done: Path, capsys: pytest
     for command in ("lineage", "explain"):
         assert main.main([command, f"no{name}", "--json"]) == 2
         assert "known as" in json.loads(capsys.readouterr().out)["message"]
+
+
+def test_a_prompt_commands_no_terminal_and_adds_no_line(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lineage, "_facts", lambda traced: ['prompt "ä \x1b[2J\nstep 1 done"'])
+    told = said(capsys, "lineage", PICTURE)
+    assert '  prompt "ä \\x1b[2J\\nstep 1 done"\n' in told
 
 
 def test_a_photo_says_what_was_made_from_it(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +145,7 @@ def test_every_form_is_written(done: Path, capsys: pytest.CaptureFixture[str]) -
         ("other.png", "a second picture is taken with --diff alone"),
         ("other.png --diff --down", "pictures are compared by what they come from"),
         ("other.png --diff --dot", "a comparison is told as text or with --json"),
+        ("--after 1:2", "answers of --down alone are told in parts"),
         ("--down --prov", "this form tells where pictures come from alone"),
     ],
 )
