@@ -70,7 +70,7 @@ def lineage(
     forms = {"--json": as_json, "--html": html is not None, "--dot": dot, "--prov": prov, "--openlineage": openlineage}
     given = [name for name, chosen in forms.items() if chosen]
     _check(given, other, diff=diff, down=down)
-    place = _place(after)
+    place = _place(after, down=down)
     with common.opened(workspace) as application:
         repository = application.repository
         subject = asked(repository, what)
@@ -147,10 +147,12 @@ def _check(given: Sequence[str], other: str | None, *, diff: bool, down: bool) -
         raise typer.BadParameter("this form tells where pictures come from alone", param_hint=given[0])
 
 
-def _place(after: str | None) -> Place | None:
+def _place(after: str | None, *, down: bool) -> Place | None:
     """Raises `typer.BadParameter`."""
     if after is None:
         return None
+    if not down:
+        raise typer.BadParameter("answers of --down alone are told in parts", param_hint="--after")
     found = PLACE.fullmatch(after)
     if found is None:
         raise typer.BadParameter(f"'{after}': 12:34 is expected, as an answer ended", param_hint="--after")
@@ -200,15 +202,15 @@ def _say_chain(found: Lineage) -> None:
         indent, role = "  " * depth, f"{read.role}: " if read else ""
         if step_id is None:
             assert read is not None
-            output.say(f"{indent}{role}{read.uri} sha256 {read.sha256}")
+            _say(f"{indent}{role}{read.uri} sha256 {read.sha256}")
             continue
         traced = by_id[step_id]
-        output.say(indent + role + _line(traced.step) + (" (above)" if step_id in told else ""))
+        _say(indent + role + _line(traced.step) + (" (above)" if step_id in told else ""))
         if step_id in told:
             continue
         told.add(step_id)
         for line in _facts(traced):
-            output.say(f"{indent}  {line}")
+            _say(f"{indent}  {line}")
         todo.extend((each, each.step_id, depth + 1) for each in reversed(traced.reads))
 
 
@@ -275,9 +277,9 @@ def _write_impact(what: str, impact: Impact, *, as_json: bool, html: Path | None
 
 def _say_impact(impact: Impact) -> None:
     for step in impact.steps:
-        output.say(_line(step) + (f" sha256 {step.artifact.sha256}" if step.artifact else ""))
+        _say(_line(step) + (f" sha256 {step.artifact.sha256}" if step.artifact else ""))
         for delivery in step.deliveries:
-            output.say(f"  {_delivery(delivery)}")
+            _say(f"  {_delivery(delivery)}")
     # Each file once, however often runs have delivered it to its place.
     delivered = {
         each.delivered_path or each.path
@@ -287,7 +289,7 @@ def _say_impact(impact: Impact) -> None:
     }
     direct = "" if impact.subject.step_ids else f" ({impact.direct} directly)"
     steps, files = _counted(len(impact.steps), "step"), _counted(len(delivered), "file")
-    output.say(f"{impact.subject.name}: {steps}{' told' if impact.after else direct}, {files} delivered")
+    _say(f"{impact.subject.name}: {steps}{' told' if impact.after else direct}, {files} delivered")
 
 
 def _counted(number: int, what: str) -> str:
@@ -306,6 +308,11 @@ def _delivery(delivery: StepDelivery) -> str:
     when = f" {delivery.delivered:%Y-%m-%d %H:%M}" if delivery.delivered else ""
     gone = f", withdrawn {delivery.withdrawn:%Y-%m-%d %H:%M}" if delivery.withdrawn else ""
     return f"{delivery.state} by run {delivery.run_id}{when}{gone}: {place}"
+
+
+def _say(line: str) -> None:
+    """A line of text; prompts and errors may hold line ends and what a terminal takes for commands."""
+    output.say("".join(each if each.isprintable() else ascii(each)[1:-1] for each in line))
 
 
 # ------------------------------------------------------------------------------------------------------------ diff
@@ -327,7 +334,7 @@ def _say_comparison(what: str, other: str, one: Lineage, two: Lineage, *, as_jso
         )
         return
     for line in _compared(found):
-        output.say(line)
+        _say(line)
 
 
 def _compared(found: Comparison) -> Iterator[str]:

@@ -164,6 +164,7 @@ def exit_code(error: BaseException) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Nothing but this function ends the process on an error."""
     output.open_closed_streams()
+    output.escape_what_is_no_text()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)

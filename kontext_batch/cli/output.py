@@ -9,11 +9,19 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from io import TextIOWrapper
 from typing import Any
 
 TERMINAL_EVENTS = frozenset({"finished", "interrupted", "paused", "error"})
 """Exactly one of these ends the NDJSON of `run --json`; a failing command ends with `error`."""
 _last = ""
+
+
+def escape_what_is_no_text() -> None:
+    """Write bytes in the name of a file that are no UTF-8 as `\\udcff`, which stands for them in JSON too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def open_closed_streams() -> None:

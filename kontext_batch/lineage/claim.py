@@ -16,7 +16,7 @@ from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.deliveries import free_deliveries, pending_deliveries
 from kontext_batch.lineage.engine import lock_graph
 from kontext_batch.lineage.graph import end_attempts, skip_below, welcome_back
-from kontext_batch.lineage.provenance import ancestries_query
+from kontext_batch.lineage.provenance import ancestries_query, through_photos
 from kontext_batch.lineage.sql import (
     among,
     among_later,
@@ -264,7 +264,7 @@ def _begin_attempts(leased: sa.Select[Any], worker_id: str) -> sa.Insert:
 def _pictures(
     conn: sa.Connection, step_ids: Sequence[int]
 ) -> tuple[dict[int, list[ParentOutput]], dict[int, list[SourceInput]], dict[int, Ancestry]]:
-    """What each step reads, in one query: outputs of its parents, its sources, and what all that came from."""
+    """What each step reads: outputs of its parents, its sources, and what all that came from."""
     parents: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
     found_sources: dict[int, list[SourceInput]] = {}
     ancestries: dict[int, Ancestry] = {}
@@ -284,7 +284,7 @@ def _pictures(
         ]
         for step_id, by_place in parents.items()
     }
-    return found_parents, found_sources, ancestries
+    return found_parents, found_sources, through_photos(conn, ancestries)
 
 
 @cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from kontext_batch.lineage import tables as t
+from kontext_batch.lineage.links import Link, makers, walk_up
 from kontext_batch.lineage.sql import among, among_later, exists
 from kontext_batch.planning.marking import Ancestry
 from kontext_batch.planning.params import SAMPLING
@@ -21,7 +22,40 @@ STEPS, EDGES, SOURCES, OUTPUTS = t.steps.c, t.edges.c, t.step_sources.c, t.step_
 def ancestries(conn: sa.Connection, step_ids: Collection[int]) -> dict[int, Ancestry]:
     """What went into the picture of each step, however far above it."""
     rows = conn.execute(_ancestries_query(), {"step_ids": list(step_ids)})
-    return {row.step_id: Ancestry(bool(row.model), bool(row.photo)) for row in rows}
+    return through_photos(conn, {row.step_id: Ancestry(bool(row.model), bool(row.photo)) for row in rows})
+
+
+def through_photos(conn: sa.Connection, found: Mapping[int, Ancestry]) -> dict[int, Ancestry]:
+    """`found`, where a picture of an earlier run that was read as a photo counts as what it came from.
+
+    Looked at are those that no model of their own run took part in; the others' term tells of both already.
+    """
+    converted = [step_id for step_id, each in found.items() if each.photo and not each.model]
+    links = walk_up(conn, converted) if converted else []
+    if not links:
+        return dict(found)
+    step_ids = sorted({*converted, *(parent for parent, _ in links)})
+    sampled = conn.scalars(sa.select(STEPS.id).where(among(STEPS.id, step_ids), STEPS.operation.in_(sorted(SAMPLING))))
+    read = conn.execute(sa.select(SOURCES.step_id, SOURCES.sha256).where(among(SOURCES.step_id, step_ids))).all()
+    made = {sha256 for sha256, _ in makers(conn, {row.sha256 for row in read})}
+    model = _below(sampled, links)
+    photo = _below((row.step_id for row in read if row.sha256 not in made), links)
+    return {**found, **{each: Ancestry(each in model, each in photo) for each in converted}}
+
+
+def _below(step_ids: Iterable[int], links: Iterable[Link]) -> set[int]:
+    """These steps and what lies below them by `links`."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for parent, child in links:
+        children[parent].append(child)
+    found: set[int] = set()
+    todo = list(step_ids)
+    while todo:
+        step_id = todo.pop()
+        if step_id not in found:
+            found.add(step_id)
+            todo += children[step_id]
+    return found
 
 
 @cache
@@ -30,7 +64,7 @@ def _ancestries_query() -> sa.Select[Any]:
 
 
 def ancestries_query() -> sa.Select[Any]:
-    """(step_id, model, photo), 0 or 1 each, of the steps of the parameter `step_ids`."""
+    """(step_id, model, photo), 0 or 1 each, of the steps of the parameter `step_ids`; for `through_photos`."""
     above = _above()
     # One by one: PostgreSQL overrates what lies above a step, and reads `steps` whole for a join.
     operation = sa.select(STEPS.operation).where(STEPS.id == above.c.id).correlate(above).scalar_subquery()

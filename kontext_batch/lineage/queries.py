@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
@@ -188,9 +189,10 @@ def find_steps(conn: sa.Connection, text: str, *, run_id: int | None = None) -> 
     by_output = sa.select(*place).join(t.step_outputs, outputs.step_id == RUN_STEPS.step_id)
     by_delivery = sa.select(deliveries.run_id, deliveries.ordinal)
     found = [sa.select(*place).where(RUN_STEPS.node == text), by_step.where(STEPS.key == text)]
+    ends = {text.lstrip("/"), quote(text.lstrip("/"))}  # file: URIs are percent-encoded, s3: URIs are not
     for column in (deliveries.path, deliveries.delivered_path):
-        at_end = column.endswith("/" + text.lstrip("/"), autoescape=True)
-        found.append(by_delivery.where(sa.or_(column == text, at_end)))
+        at_end = (column.endswith(f"/{end}", autoescape=True) for end in ends)
+        found.append(by_delivery.where(sa.or_(column == text, *at_end)))
     if len(text) >= SHORTEST_PREFIX:
         for prefix in (text, f"{ALGORITHM}:{text}"):
             found.append(by_step.where(STEPS.key.startswith(prefix, autoescape=True)))

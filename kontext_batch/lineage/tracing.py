@@ -97,9 +97,12 @@ def _reads(conn: sa.Connection, ids: Sequence[int]) -> dict[int, list[StepRead]]
     for row in conn.execute(pictures.where(among(EDGES.child, ids))):
         found[row.child].append(StepRead(row.role, row.position, row.parent, row.uri, row.sha256))
     photos = conn.execute(sa.select(t.step_sources).where(among(SOURCES.step_id, ids))).all()
-    made = dict(makers(conn, {row.sha256 for row in photos}))
-    for row in photos:
-        found[row.step_id].append(StepRead(row.role, row.position, made.get(row.sha256), row.uri, row.sha256))
+    made: dict[str, list[int]] = defaultdict(list)
+    for sha256, step_id in makers(conn, {row.sha256 for row in photos}):
+        made[sha256].append(step_id)
+    for row in photos:  # of several that made these bytes the first: the others may come from what it made
+        maker = min((each for each in made[row.sha256] if each != row.step_id), default=None)
+        found[row.step_id].append(StepRead(row.role, row.position, maker, row.uri, row.sha256))
     for reads in found.values():
         reads.sort(key=lambda read: (read.role != "image", read.role, read.position))
     return found

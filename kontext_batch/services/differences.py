@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kontext_batch.hashing import canonical_json
@@ -43,7 +43,7 @@ class Comparison:
 def compare(one: Lineage, other: Lineage) -> Comparison:
     """The first picture of each."""
     left, right = one.pictures[0], other.pictures[0]
-    found = dict.fromkeys(_Walk(one.by_id, other.by_id).step(left.step.id, right.step.id))
+    found = _Walk(one.by_id, other.by_id).step(left.step.id, right.step.id)
     pictures = left.step.artifact, right.step.artifact
     asked = one.subject.sha256s, other.subject.sha256s
     if all(asked) and left.step.id == right.step.id:
@@ -52,23 +52,29 @@ def compare(one: Lineage, other: Lineage) -> Comparison:
         same = None
     else:
         same = pictures[0].sha256 == pictures[1].sha256
-    return Comparison(left, right, tuple(found), same)
+    return Comparison(left, right, found, same)
 
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
     one: Mapping[int, TracedStep]
     other: Mapping[int, TracedStep]
+    _found: dict[tuple[int, int], tuple[Difference, ...]] = field(default_factory=dict)
+    """Of pairs of steps: many ways may lead to one."""
 
-    def step(self, left_id: int, right_id: int, seen: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Difference]:
-        """What two steps read first, then they themselves."""
-        if left_id == right_id or (left_id, right_id) in seen:
-            return
-        left, right = self.one[left_id], self.other[right_id]
-        here = seen | {(left_id, right_id)}
+    def step(self, left_id: int, right_id: int) -> tuple[Difference, ...]:
+        """What two steps read first, then they themselves; each difference once."""
+        pair = left_id, right_id
+        if pair not in self._found:
+            self._found[pair] = ()  # of a step that reads what comes from itself
+            if left_id != right_id:
+                self._found[pair] = tuple(dict.fromkeys(self._step(self.one[left_id], self.other[right_id])))
+        return self._found[pair]
+
+    def _step(self, left: TracedStep, right: TracedStep) -> Iterator[Difference]:
         reads = _by_role(left), _by_role(right)
         roles = dict.fromkeys([*reads[0], *reads[1]])
-        above = {role: list(self._read(role, reads[0].get(role), reads[1].get(role), here)) for role in roles}
+        above = {role: list(self._read(role, reads[0].get(role), reads[1].get(role))) for role in roles}
         for found in above.values():
             yield from found
         yield from _own(left, right)
@@ -77,13 +83,11 @@ class _Walk:
                 yield from _parent_bytes(role, reads[0][role], reads[1][role])
         yield from _conditions(left, right)
 
-    def _read(
-        self, role: str, left: StepRead | None, right: StepRead | None, seen: frozenset[tuple[int, int]]
-    ) -> Iterator[Difference]:
+    def _read(self, role: str, left: StepRead | None, right: StepRead | None) -> Iterator[Difference]:
         if left is None or right is None:
             yield Difference("what is read", role, _read_text(left), _read_text(right), True)
         elif left.step_id is not None and right.step_id is not None:
-            yield from self.step(left.step_id, right.step_id, seen)
+            yield from self.step(left.step_id, right.step_id)
         elif left.step_id is None and right.step_id is None:
             if left.sha256 != right.sha256:
                 yield Difference("source bytes", role, _read_text(left), _read_text(right), True)

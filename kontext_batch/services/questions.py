@@ -83,11 +83,20 @@ def found_steps(repository: Repository, text: str, *, run_id: int | None = None)
     step_id = number(text)
     if step_id is not None:
         found = repository.steps_by_id([step_id])
-    if not found and len(text) <= LONGEST_NAME:
+    if not found and len(text) <= LONGEST_NAME and _is_text(text):
         found = repository.find_steps(text, run_id=run_id)
     if not found:
         raise ObjectNotFound(f"no step is known as '{text[:80]}': give its number, key, name or the path of an output")
     return found
+
+
+def _is_text(text: str) -> bool:
+    """Whether a database can hold it; the name of a file may be any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def run_that_wanted(repository: Repository, uri: str) -> int | None:

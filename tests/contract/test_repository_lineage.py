@@ -141,6 +141,26 @@ def test_a_photo_that_was_made_here_leads_on(repository: SqlRepository) -> None:
     assert told(repository, photo("a")) == [["a", "b", "again"]]
 
 
+def test_a_step_that_changes_no_byte_of_a_photo_is_not_where_it_comes_from(
+    repository: SqlRepository, engine: sa.Engine
+) -> None:
+    """Without marks a conversion may give the bytes that it read, or those of a step before it."""
+    submit(repository, make_plan({"a": [], "b": ["a"]}))
+    submit(repository, reading(make_plan({"c": []}, recipe="second"), "c", picture("a")))
+    finish(repository)
+    a, b, c = (step_id(repository, name) for name in "abc")
+    with engine.begin() as conn:
+        for each in (b, c):
+            conn.execute(t.step_outputs.update().where(t.step_outputs.c.step_id == each).values(sha256=picture("a")))
+    [read] = repository.traced([c])[0].reads
+    assert read.step_id == a
+    with engine.begin() as conn:
+        conn.execute(t.step_sources.update().where(t.step_sources.c.step_id == c).values(sha256=picture("c")))
+        conn.execute(t.step_outputs.update().where(t.step_outputs.c.step_id == c).values(sha256=picture("c")))
+    [read] = repository.traced([c])[0].reads
+    assert (read.step_id, read.sha256) == (None, picture("c"))
+
+
 def test_a_signed_file_that_is_read_again_leads_on(repository: SqlRepository, engine: sa.Engine) -> None:
     submit(repository, make_plan({"a": []}, deliver=["a"]))
     finish(repository)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import sqlalchemy as sa
 
+from kontext_batch.hashing import sha256_hex
 from kontext_batch.lineage import tables as t
 from kontext_batch.lineage.repository import SqlRepository
 from kontext_batch.planning.marking import Ancestry
@@ -140,3 +142,35 @@ def test_what_was_signed_is_recorded_beside_the_artifact(repository: SqlReposito
     with repository._db._reading.begin() as conn:
         recorded = conn.execute(sa.select(t.deliveries.c.sha256, t.deliveries.c.file_sha256)).one()
     assert tuple(recorded) == (pending.artifact.sha256, "f" * 64)
+
+
+def test_a_picture_that_is_read_as_a_photo_brings_along_what_it_came_from(repository: SqlRepository) -> None:
+    """A model's picture stays one when a later run crops it, once or twice, signed or not."""
+    repository.register_worker(plans.worker())
+    first = plans.make_plan({"edit": [], "words": []}, deliver=["edit"])
+    words = replace(first.steps[1], operation="generate", inputs=())
+    run_id = plans.submit(repository, replace(first, steps=(first.steps[0], words)))
+    plans.finish(repository)
+    (pending,) = repository.pending_deliveries(run_id)
+    plans.settle(repository, pending, file_sha256="5" * 64)
+    made = {name: sha256_hex(f"{plans.key(name)}/image".encode()) for name in ("edit", "words", "crop")}
+    read = {"crop": made["edit"], "signed": "5" * 64, "drawn": made["words"], "own": "6" * 64}
+    plan = plans.make_plan({name: [] for name in read}, recipe="second")
+    plans.submit(repository, reading(operated(plan, **dict.fromkeys(read, "finish")), read))
+    photo, model, both = Ancestry(photo=True), Ancestry(model=True), Ancestry(model=True, photo=True)
+
+    expected = {"crop": both, "signed": both, "drawn": model, "own": photo}
+    assert ancestry_of(repository) == {plans.key(name): each for name, each in expected.items()}
+
+    plan = operated(plans.make_plan({"again": []}, recipe="third", deliver=["again"]), again="finish")
+    run_id = plans.submit(repository, reading(plan, {"again": made["crop"]}))
+    assert ancestry_of(repository) == {plans.key("again"): both}
+    (pending,) = repository.pending_deliveries(run_id)
+    assert repository.delivered_pictures([pending.id])[pending.id].ancestry == both
+
+
+def reading(plan: Plan, sha256s: Mapping[str, str]) -> Plan:
+    """The plan whose steps read photos of these contents, by name."""
+    sources = {plans.key(name): replace(plans.source(name), sha256=sha256) for name, sha256 in sha256s.items()}
+    steps = [replace(step, inputs=(replace(step.inputs[0], source=sources[step.key]),)) for step in plan.steps]
+    return replace(plan, steps=tuple(steps))

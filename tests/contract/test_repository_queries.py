@@ -118,6 +118,13 @@ def test_steps_are_found_by_whatever_people_have_at_hand(repository: SqlReposito
     assert repository.steps_by_id([]) == []
 
 
+def test_the_end_of_a_path_is_given_as_the_file_is_called(repository: SqlRepository) -> None:
+    submit(repository, make_plan({"a": []}, deliver=["a"], folder="RX%20100%23"))
+    for text in ("RX 100#/a.png", "RX%20100%23/a.png", "/RX 100#/a.png"):
+        assert [row.node for row in repository.find_steps(text)] == ["a"], text
+    assert repository.find_steps("RX 100/a.png") == []
+
+
 def test_ancestors_and_sources(repository: SqlRepository) -> None:
     run_id = submit(repository, make_plan({"a": [], "b": ["a"], "c": ["b", "a"], "other": ["a"]}))
     a, b, c, _ = (row.id for row in repository.run_steps(run_id))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kontext_batch.cli import main
+from kontext_batch.cli import lineage, main
 from tests.unit.cli.conftest import FINISH_ONLY
 from tests.unit.provenance.schemas import check_event, check_prov
 
@@ -53,6 +54,24 @@ def test_a_file_says_where_it_comes_from(done: Path, capsys: pytest.CaptureFixtu
     assert step["reads"][0]["uri"] == f"file://{done}/photos/mug.png"
     assert step["deliveries"][0]["delivered_path"] == f"file://{done}/{PICTURE}"
     assert [each["outcome"] for each in step["attempts"]] == ["ok"]
+
+
+def test_a_name_that_is_no_text_is_a_name_like_others(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"mug\xff.png")
+    shutil.copy(PICTURE, name)
+    assert main.main(["lineage", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"] == name
+    for command in ("lineage", "explain"):
+        assert main.main([command, f"no{name}", "--json"]) == 2
+        assert "known as" in json.loads(capsys.readouterr().out)["message"]
+
+
+def test_a_prompt_commands_no_terminal_and_adds_no_line(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lineage, "_facts", lambda traced: ['prompt "ä \x1b[2J\nstep 1 done"'])
+    told = said(capsys, "lineage", PICTURE)
+    assert '  prompt "ä \\x1b[2J\\nstep 1 done"\n' in told
 
 
 def test_a_photo_says_what_was_made_from_it(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +161,7 @@ def test_every_form_is_written(done: Path, capsys: pytest.CaptureFixture[str]) -
         ("other.png", "a second picture is taken with --diff alone"),
         ("other.png --diff --down", "pictures are compared by what they come from"),
         ("other.png --diff --dot", "a comparison is told as text or with --json"),
+        ("--after 1:2", "answers of --down alone are told in parts"),
         ("--down --prov", "this form tells where pictures come from alone"),
     ],
 )

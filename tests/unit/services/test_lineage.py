@@ -225,3 +225,21 @@ def test_a_picture_is_equal_to_itself(studio: Studio, run: int) -> None:
     found = lineage_of(studio, "mug_snow.png")
     assert compare(found, found).differences == ()
     assert compare(found, found).same_bytes is True
+
+
+def test_two_chains_are_compared_however_many_ways_lead_up(studio: Studio, run: int) -> None:
+    [picture] = lineage_of(studio, "mug_snow.png").pictures
+    subject = lineage_of(studio, "mug_snow.png").subject
+
+    def chain(first: int, prompt: str) -> Lineage:
+        """Each of 40 steps reads the one before it twice."""
+        steps = []
+        for number in range(first + 39, first - 1, -1):
+            above = number - 1 if number > first else None
+            reads = tuple(replace(picture.reads[0], role=role, step_id=above) for role in ("image", "reference"))
+            made = replace(picture.step, id=number, params={"prompt": prompt if above is None else "same"})
+            steps.append(replace(picture, step=made, reads=reads))
+        return Lineage(replace(subject, step_ids=(first + 39,)), tuple(steps))
+
+    [found] = compare(chain(1, "snow"), chain(101, "rain")).differences
+    assert (found.what, found.one, found.other) == ("prompt", "snow", "rain")
