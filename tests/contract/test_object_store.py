@@ -217,6 +217,7 @@ def test_write_if_absent_keeps_what_is_there(place: Place) -> None:
     assert names(place, place.uri("")) == [place.uri("x/a.png")]
 
 
+@pytest.mark.parametrize("place", ["file", "router over file", "s3 server"], indirect=True)  # moto looks, then writes
 def test_of_sixteen_racing_writers_exactly_one_wins(place: Place) -> None:
     place.store.write_if_absent(place.uri("warm.png"), b"", media_type=PNG)
     start = threading.Barrier(16)
