@@ -120,7 +120,7 @@ def test_a_killed_workers_steps_are_taken_over_at_the_next_beat(cluster: Cluster
 @only_redis
 def test_a_worker_that_is_told_to_drain_finishes_its_batch_and_ends(cluster: Cluster) -> None:
     worker = cluster.worker("--metrics-port", "0", KONTEXT_BATCH_LOG_LEVEL="debug")
-    run_id = cluster.submit(steps=LONG)
+    run_id = cluster.submit(steps=6 * LONG)  # the command takes seconds to start
     wait_until_sampled(cluster, worker)
     [known] = cluster.workers()
     told = cluster.run("workers", "drain", known.id)
