@@ -102,9 +102,9 @@ def fill(engine: sa.Engine, shape: Shape) -> None:
                 _few(conn, shape)
             for table, columns, rows in _many(range(first, min(first + AT_ONCE, shape.chains))):
                 bulk_insert(conn, table, columns, rows)
-    with engine.connect() as conn:
-        conn.exec_driver_sql("ANALYZE")
-        conn.commit()
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        # PostgreSQL does it by itself a while after so many rows came.
+        conn.exec_driver_sql("VACUUM ANALYZE" if engine.dialect.name == "postgresql" else "ANALYZE")
 
 
 def _few(conn: sa.Connection, shape: Shape) -> None:

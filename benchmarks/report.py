@@ -24,7 +24,7 @@ from tests import browser
 from tests.unit.report.made import DRAW, Shop, many
 
 PRODUCTS, SCENES = 250, 20
-LOADS, QUICK_LOADS = 5, 2
+LOADS, QUICK_LOADS = 5, 1
 DRAWN = 24
 GOALS = {
     "load_seconds": 2.0,
@@ -135,7 +135,7 @@ def first_kb(shop: Shop) -> float:
 
 
 def main() -> int:
-    parser = command.parser(__doc__, quick=f"{QUICK_LOADS} visits instead of {LOADS}")
+    parser = command.parser(__doc__, quick=f"{QUICK_LOADS} visit instead of {LOADS}")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kontext-report-") as folder:
         shop = many(Path(folder), products=PRODUCTS, scenes=SCENES)
@@ -143,7 +143,7 @@ def main() -> int:
         found: dict[str, float] = {name: statistics.median(each[name] for each in visits) for name in visits[0]}
         found |= {"first_kb": first_kb(shop), "draw_ms": drawing()}
     missed = [name for name, most in GOALS.items() if found[name] > most]
-    print(f"{PRODUCTS * SCENES:,} pictures, {len(visits)} visits")
+    print(f"{PRODUCTS * SCENES:,} pictures, visits: {len(visits)}")
     for name, value in found.items():
         goal = f"goal {GOALS[name]:g}" + (", missed" if name in missed else "") if name in GOALS else ""
         print(f"{value:10.2f}  {MEANING[name]}  {goal}".rstrip())

@@ -120,7 +120,7 @@ step_sources = sa.Table(
     sa.Column("position", sa.Integer, primary_key=True),
     sa.Column("uri", sa.Text, nullable=False),
     sa.Column("sha256", sa.Text, nullable=False),
-    sa.Index(None, "sha256"),
+    sa.Index(None, "sha256", "step_id"),
     sa.Index(None, "uri", "sha256"),
     sqlite_with_rowid=False,
 )

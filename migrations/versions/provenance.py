@@ -55,6 +55,8 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index("ix_tombstones_source", "tombstones", ["source"])
+    op.create_index("ix_step_sources_sha256_step_id", "step_sources", ["sha256", "step_id"])
+    op.drop_index("ix_step_sources_sha256", "step_sources")
     op.create_index("ix_step_sources_uri_sha256", "step_sources", ["uri", "sha256"])
     op.add_column("batch_members", sa.Column("place", sa.Integer(), nullable=True))
     op.add_column("artifacts", sa.Column("verified", TIME, nullable=True))
@@ -72,6 +74,8 @@ def downgrade() -> None:
     op.drop_column("artifacts", "verified")
     op.drop_column("batch_members", "place")
     op.drop_index("ix_step_sources_uri_sha256", "step_sources")
+    op.create_index("ix_step_sources_sha256", "step_sources", ["sha256"])
+    op.drop_index("ix_step_sources_sha256_step_id", "step_sources")
     op.drop_index("ix_tombstones_source", "tombstones")
     op.drop_table("tombstones")
     op.drop_index("uq_holds_subject", "holds")
