@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with Python 3.11+ and make:
 #   make demo    the environment, then the main job with the shipped model
-#   make test    everything that the tests need, then the tests, in two processes (PROCESSES=8: in eight)
+#   make test    everything that the tests need, then the tests, in three processes (PROCESSES=8: in eight)
 #   make chaos   thousands of steps while workers, broker, database and store fail
 # `make check` adds lint, types and import contracts.
 
@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := recipes/demo/demo.yaml
-PROCESSES ?= 2
+PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check chaos format clean
