@@ -14,6 +14,10 @@ from typing import Any
 
 TERMINAL_EVENTS = frozenset({"finished", "interrupted", "paused", "error"})
 """Exactly one of these ends the NDJSON of `run --json`; a failing command ends with `error`."""
+COMMANDS = {*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}
+"""Characters that a terminal may obey; prompts, names and errors may hold them."""
+_AS_TEXT = {code: f"\\x{code:02x}" for code in COMMANDS}
+_AS_JSON = {code: f"\\u{code:04x}" for code in COMMANDS}
 _last = ""
 
 
@@ -79,28 +83,28 @@ def as_json(value: Any) -> Any:
 
 
 def say(text: str = "") -> None:
-    """A line of the result."""
+    """A line of the result, or several; what a terminal would obey is written as `\\x1b`."""
     with _written():
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text.translate(_AS_TEXT) + "\n")
         sys.stdout.flush()
 
 
 def tell(text: str) -> None:
     """A line of side talk."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(text.translate(_AS_TEXT) + "\n")
     sys.stderr.flush()
 
 
 def say_json(value: Any) -> None:
     """A document of the result, indented."""
-    say(json.dumps(as_json(value), indent=2, ensure_ascii=False))
+    say(json.dumps(as_json(value), indent=2, ensure_ascii=False).translate(_AS_JSON))
 
 
 def event(name: str, **values: Any) -> None:
     """One event, one line."""
     global _last
     _last = name
-    say(json.dumps({"event": name, **as_json(values)}, ensure_ascii=False))
+    say(json.dumps({"event": name, **as_json(values)}, ensure_ascii=False).translate(_AS_JSON))
 
 
 def table(columns: list[str], rows: list[list[object]], *, right: tuple[int, ...] = ()) -> None:
@@ -114,7 +118,7 @@ def table(columns: list[str], rows: list[list[object]], *, right: tuple[int, ...
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        drawn.add_row(*(Text("" if cell is None else str(cell).translate(_AS_TEXT)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=10_000)
