@@ -177,7 +177,7 @@ def test_a_slot_is_filled_again_before_the_next_denoise_step(bench: Bench) -> No
     steps = {name: (20, 28, 50)[number % 3] for number, name in enumerate(graph)}
     steps |= dict.fromkeys(list(graph)[-ROWS:], 20)  # how it ends is no matter of grouping
     bench.submit(graph, steps)
-    bench.editor.on_step = lambda names: time.sleep(0.003)
+    bench.editor.on_step = lambda names: time.sleep(0.012)
     assert bench.worker.work_once()
 
     assert set(bench.states().values()) == {DONE}
