@@ -202,15 +202,15 @@ def _say_chain(found: Lineage) -> None:
         indent, role = "  " * depth, f"{read.role}: " if read else ""
         if step_id is None:
             assert read is not None
-            _say(f"{indent}{role}{read.uri} sha256 {read.sha256}")
+            output.say_line(f"{indent}{role}{read.uri} sha256 {read.sha256}")
             continue
         traced = by_id[step_id]
-        _say(indent + role + _line(traced.step) + (" (above)" if step_id in told else ""))
+        output.say_line(indent + role + _line(traced.step) + (" (above)" if step_id in told else ""))
         if step_id in told:
             continue
         told.add(step_id)
         for line in _facts(traced):
-            _say(f"{indent}  {line}")
+            output.say_line(f"{indent}  {line}")
         todo.extend((each, each.step_id, depth + 1) for each in reversed(traced.reads))
 
 
@@ -277,9 +277,9 @@ def _write_impact(what: str, impact: Impact, *, as_json: bool, html: Path | None
 
 def _say_impact(impact: Impact) -> None:
     for step in impact.steps:
-        _say(_line(step) + (f" sha256 {step.artifact.sha256}" if step.artifact else ""))
+        output.say_line(_line(step) + (f" sha256 {step.artifact.sha256}" if step.artifact else ""))
         for delivery in step.deliveries:
-            _say(f"  {_delivery(delivery)}")
+            output.say_line(f"  {_delivery(delivery)}")
     # Each file once, however often runs have delivered it to its place.
     delivered = {
         each.delivered_path or each.path
@@ -289,7 +289,7 @@ def _say_impact(impact: Impact) -> None:
     }
     direct = "" if impact.subject.step_ids else f" ({impact.direct} directly)"
     steps, files = _counted(len(impact.steps), "step"), _counted(len(delivered), "file")
-    _say(f"{impact.subject.name}: {steps}{' told' if impact.after else direct}, {files} delivered")
+    output.say_line(f"{impact.subject.name}: {steps}{' told' if impact.after else direct}, {files} delivered")
 
 
 def _counted(number: int, what: str) -> str:
@@ -308,11 +308,6 @@ def _delivery(delivery: StepDelivery) -> str:
     when = f" {delivery.delivered:%Y-%m-%d %H:%M}" if delivery.delivered else ""
     gone = f", withdrawn {delivery.withdrawn:%Y-%m-%d %H:%M}" if delivery.withdrawn else ""
     return f"{delivery.state} by run {delivery.run_id}{when}{gone}: {place}"
-
-
-def _say(line: str) -> None:
-    """A line of text; prompts and errors may hold line ends and what a terminal takes for commands."""
-    output.say("".join(each if each.isprintable() else ascii(each)[1:-1] for each in line))
 
 
 # ------------------------------------------------------------------------------------------------------------ diff
@@ -334,7 +329,7 @@ def _say_comparison(what: str, other: str, one: Lineage, two: Lineage, *, as_jso
         )
         return
     for line in _compared(found):
-        _say(line)
+        output.say_line(line)
 
 
 def _compared(found: Comparison) -> Iterator[str]:

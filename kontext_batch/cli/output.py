@@ -89,6 +89,11 @@ def say(text: str = "") -> None:
         sys.stdout.flush()
 
 
+def say_line(text: str) -> None:
+    """A line of the result and no more, though a prompt or an error in it may hold line ends."""
+    say("".join(each if each.isprintable() else ascii(each)[1:-1] for each in text))
+
+
 def tell(text: str) -> None:
     """A line of side talk."""
     sys.stderr.write(text.translate(_AS_TEXT) + "\n")

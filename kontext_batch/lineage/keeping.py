@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from kontext_batch.lineage import archived, archives, audit, garbage, holds, takedown
+from kontext_batch.lineage import archived, archives, audit, garbage, holds, naming, takedown
 from kontext_batch.lineage.engine import Transactions
 from kontext_batch.ports import Act, Artifact, Descent, Hold, Imported, Row, Sections, Tombstone
 
@@ -27,7 +27,7 @@ class SqlRetention:
         return self._db.read(garbage.expired, days=days, limit=limit)
 
     def photos(self, uri: str) -> Sequence[str]:
-        return self._db.read(takedown.photos, uri)
+        return self._db.read(naming.photos, uri)
 
     def places(self, photo: str) -> Sequence[str]:
         return self._db.read(takedown.places, photo)

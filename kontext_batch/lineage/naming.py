@@ -120,9 +120,14 @@ def known_by_place(conn: sa.Connection, uri: str) -> list[Subject]:
     delivered = _delivered(conn, uri)
     if delivered is not None:
         return [Subject(SubjectKind.STEP, f"delivered file {uri}", step_ids=(delivered,))]
-    lies_there = conn.scalars(sa.select(t.inputs.c.sha256).where(t.inputs.c.uri == uri, t.inputs.c.sha256 != ""))
-    sha256s = tuple(sorted({*lies_there, *_distinct(conn, SOURCES.sha256, "", SOURCES.uri == uri)}))
+    sha256s = tuple(photos(conn, uri))
     return [Subject(SubjectKind.PHOTO, f"photo {uri}", sha256s)] if sha256s else []
+
+
+def photos(conn: sa.Connection, uri: str) -> list[str]:
+    """sha256 of what was seen or read there at any time."""
+    seen = conn.scalars(sa.select(t.inputs.c.sha256).where(t.inputs.c.uri == uri, t.inputs.c.sha256 != ""))
+    return sorted({*seen, *_distinct(conn, SOURCES.sha256, "", SOURCES.uri == uri)})
 
 
 def _delivered(conn: sa.Connection, uri: str) -> int | None:

@@ -62,12 +62,6 @@ class _Found:
 # ------------------------------------------------------------------------------------------------------- questions
 
 
-def photos(conn: sa.Connection, uri: str) -> list[str]:
-    seen = sa.select(t.inputs.c.sha256).where(t.inputs.c.uri == uri, t.inputs.c.sha256 != "")
-    read = sa.select(SOURCES.sha256).where(SOURCES.uri == uri)
-    return sorted(conn.scalars(sa.union(seen, read)))
-
-
 def places(conn: sa.Connection, photo: str) -> list[str]:
     seen = sa.select(t.inputs.c.uri).where(t.inputs.c.sha256 == photo)
     read = sa.select(SOURCES.uri).where(SOURCES.sha256 == photo)
