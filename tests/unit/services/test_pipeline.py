@@ -640,7 +640,9 @@ def test_an_outage_while_something_is_given_back_spoils_nothing_that_is_sampled(
         if not bench.worker.orders.unwanted and (len(bench.editor.seen) == 1 or len(names) < ROWS):
             time.sleep(0.03)  # claims of a busy machine fill the slots meanwhile
             return
-        wait_for(lambda: len(bench.worker.leases) >= 2 * ROWS or bool(bench.worker.orders.unwanted))
+        # Every three seconds the worker hears anew what is unwanted: nothing.
+        given_back = bool(bench.worker.orders.unwanted) or not failures[0]
+        wait_for(lambda: given_back or len(bench.worker.leases) >= 2 * ROWS)
         waiting = [step for step in bench.worker.leases.held() if step.params["name"] not in names]
         bench.worker.orders = Orders(unwanted=frozenset((step.id, step.token) for step in waiting))
 
