@@ -473,7 +473,7 @@ def test_an_outage_that_claims_or_looks_meet_spoils_nothing_in_hand(
 
     monkeypatch.setattr("kontext_batch.services.work.LOOK_SECONDS", 0.01)
     bench.editor.on_step = lambda names: time.sleep(0.01)
-    bench.submit(singles(40), {})
+    bench.submit(singles(200), {})
     with monkeypatch.context() as patch:
         patch.setattr(bench.repository, call, away)
         with pytest.raises(InfrastructureError, match="does not answer"):
